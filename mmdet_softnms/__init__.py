@@ -1,0 +1,10 @@
+"""Soft-NMS for MMDetection 3.x: the operator, and RoI heads that use it by config alone.
+
+``import mmdet_softnms`` needs torch and numba only. The registered parts (rules, RoI heads) live behind
+:mod:`mmdet_softnms.registry`, which mmengine imports by itself for any ``type='mmdet_softnms.X'``.
+"""
+
+from mmdet_softnms.ops import soft_nms
+
+__version__ = '0.1.0'
+__all__ = ['__version__', 'soft_nms']

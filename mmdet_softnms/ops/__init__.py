@@ -1,0 +1,5 @@
+"""The suppression operator and its kernels. Needs torch and numba, never mmdet, mmcv or mmengine."""
+
+from mmdet_softnms.ops._soft_nms import soft_nms
+
+__all__ = ['soft_nms']

@@ -1,0 +1,70 @@
+"""The definition of Soft-NMS in plain PyTorch: the oracle of the tests and the path for devices without a kernel.
+
+One selection a turn over all boxes, nothing clever. Any device, float32 and float64.
+"""
+
+import torch
+from torch import Tensor
+
+from mmdet_softnms.ops._soft_nms import Parameters, box_areas, has_safe_area, raise_bad_values
+
+
+def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters) -> tuple[Tensor, Tensor]:
+    """Select by the definition in :func:`mmdet_softnms.soft_nms`.
+
+    Args:
+        boxes (Tensor[N, 4]), scores (Tensor[N]): of one dtype, float32 or float64. labels: (Tensor[N]) or None.
+
+    Returns:
+        keep (Tensor[M], int64) and scores (Tensor[M]), in selection order.
+
+    Raises:
+        ValueError: a value is not finite, an area overflows, or a label is negative.
+    """
+    if len(scores) == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device), scores.new_empty(0)
+    fine = boxes.isfinite().all() & scores.isfinite().all() & has_safe_area(boxes, params.offset).all()
+    if labels is not None:
+        fine &= (labels >= 0).all()
+    if not fine:
+        raise_bad_values(boxes, scores, labels, params.offset)
+
+    # As tensors of the working type: a Python number would be compared in a type of torch's choosing.
+    threshold, offset = boxes.new_tensor(params.iou_threshold), boxes.new_tensor(params.offset)
+    areas = box_areas(boxes, params.offset)
+    current = scores.clone()
+    alive = current >= scores.new_tensor(params.min_score)
+    index = torch.arange(len(scores), device=scores.device)
+    keep, kept_scores = [], []
+    limit = len(scores) if params.max_num < 0 else params.max_num
+    while len(keep) < limit and alive.any():
+        top = current[alive].max()
+        chosen = index[alive & (current == top)][0]  # ties: the lowest index; argmax promises no order
+        keep.append(chosen)
+        kept_scores.append(top)
+        alive[chosen] = False
+
+        iou = _iou_with(boxes, areas, chosen, offset)
+        decays = alive if labels is None else alive & (labels == labels[chosen])
+        if params.method == 'hard':
+            alive &= ~(decays & (iou > threshold))
+            continue
+        if params.method == 'linear':
+            weights = torch.where(iou > threshold, 1 - iou, torch.ones_like(iou))
+        else:
+            weights = torch.exp(-(iou.double() ** 2) / params.sigma).to(iou.dtype)
+        current = torch.where(decays, current * weights, current)
+        alive &= current >= scores.new_tensor(params.min_score)
+    if not keep:
+        return index[:0], scores[:0].clone()
+    return torch.stack(keep), torch.stack(kept_scores)
+
+
+def _iou_with(boxes: Tensor, areas: Tensor, chosen: Tensor, offset: Tensor) -> Tensor:
+    """(N,) IoU of every box with the chosen one; 0 where the intersection is empty or the union not positive."""
+    sides = torch.minimum(boxes[:, 2:], boxes[chosen, 2:]) - torch.maximum(boxes[:, :2], boxes[chosen, :2]) + offset
+    intersection = sides[:, 0] * sides[:, 1]
+    union = areas + areas[chosen] - intersection
+    overlaps = (sides > 0).all(dim=1) & (union > 0)
+    # Divided only where it counts, so that no 0/0 is ever computed.
+    return torch.where(overlaps, intersection / torch.where(overlaps, union, torch.ones_like(union)), 0)
