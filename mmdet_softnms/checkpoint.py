@@ -28,6 +28,11 @@ def forbid_unsafe_loading() -> None:
     allow_zoo_types()
 
 
+def allow_unsafe_loading() -> None:
+    """For scripts, on the user's explicit word: every ``torch.load`` of this process unpickles whatever a file holds."""
+    os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] = '1'
+
+
 def allow_zoo_types() -> None:
     """Let ``torch.load(weights_only=True)`` of this process read the types that zoo checkpoints hold."""
     if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4 knows no allow-list: tensors only

@@ -82,6 +82,7 @@ class MmcvNMS:
     """
 
     def __init__(self, nms_type: str = 'nms', **nms_cfg: Any) -> None:
+        self.nms_type = nms_type
         self.params = dict(nms_cfg)
         self._nms_cfg = dict(type=nms_type, **nms_cfg)
 
@@ -123,7 +124,7 @@ def build_rule(nms_cfg: dict[str, Any]) -> Rule:
 
 def describe(rule: Rule) -> str:
     """``'SoftNMS gaussian sigma=0.5 ...'``: a rule in one line of a table."""
-    words = [type(rule).__name__]
+    words = [f"mmdet's {rule.nms_type}" if isinstance(rule, MmcvNMS) else type(rule).__name__]
     words += [
         str(value) if name == 'method' else f'{name}={_short(value)}'
         for name, value in rule.params.items()

@@ -26,7 +26,7 @@ def run(name: str) -> None:
         sys.exit(f'error: {error}')
     import mmdet
 
-    from mmdet_softnms.checkpoint import CheckpointError, allow_zoo_types, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.checkpoint import CheckpointError, allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
 
     package = Path(mmdet.__file__).parent
     candidates = [package / '.mim' / 'tools' / name, package.parent / 'tools' / name]
@@ -36,15 +36,16 @@ def run(name: str) -> None:
 
     trust = TRUST_FLAG in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != TRUST_FLAG]
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith('-')]
-    if '-h' not in sys.argv and '--help' not in sys.argv and paths and not Path(paths[0]).is_file():
-        sys.exit(f'error: config {paths[0]} does not exist')
+    paths = [argument for argument in sys.argv[1:] if not argument.startswith('-') and '=' not in argument]
+    for path in paths:
+        if path.endswith('.py') and not Path(path).is_file():
+            sys.exit(f'error: config {path} does not exist')
     if trust:
-        allow_zoo_types()
+        allow_unsafe_loading()
     else:
         forbid_unsafe_loading()
         try:
-            for path in paths[1:]:
+            for path in paths:
                 if path.endswith('.pth'):
                     load_checkpoint(path)
         except CheckpointError as error:
