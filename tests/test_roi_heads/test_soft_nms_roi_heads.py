@@ -1,0 +1,152 @@
+"""The RoI heads: hard NMS equals mmdet's, soft NMS equals the operator, and nothing else of the detector changes."""
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from mmdet_softnms import soft_nms
+from tests.tiny import build, plugged, predict, predict_raw, tiny_config
+
+HEADS = ['SoftNMSRoIHead', 'SoftNMSCascadeRoIHead', 'SoftNMSDoubleHeadRoIHead']
+GAUSSIAN = dict(type='mmdet_softnms.SoftNMS', method='gaussian', sigma=0.5, min_score=0.01)
+HARD = dict(type='mmdet_softnms.HardNMS', iou_threshold=0.5)
+
+
+def _assert_same(ours, theirs, atol=0.0):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a.pred_instances) > 5  # an empty comparison would show nothing
+        torch.testing.assert_close(a.pred_instances.labels, b.pred_instances.labels)
+        torch.testing.assert_close(a.pred_instances.bboxes, b.pred_instances.bboxes, rtol=0, atol=0)
+        torch.testing.assert_close(a.pred_instances.scores, b.pred_instances.scores, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_hard_nms_is_mmdets_own(head):
+    cfg = tiny_config(head)
+    stock = build(cfg)
+    ours = build(plugged(cfg, head, HARD), like=stock)  # strict: no parameter more or less
+    _assert_same(predict(ours), predict(stock), atol=1e-6)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_stock_nms_type_is_left_to_mmdet(head):
+    cfg = tiny_config(head)
+    stock = build(cfg)
+    ours = build(plugged(cfg, head, dict(type='nms', iou_threshold=0.5)), like=stock)
+    _assert_same(predict(ours), predict(stock))
+
+
+@pytest.mark.parametrize('class_agnostic', [False, True])
+def test_soft_nms_is_the_operator_on_the_raw_results(class_agnostic):
+    cfg = tiny_config('SoftNMSRoIHead')
+    cfg.model.roi_head.bbox_head.reg_class_agnostic = class_agnostic
+    model = build(plugged(cfg, 'SoftNMSRoIHead', GAUSSIAN))
+    for result, raw in zip(predict(model), predict_raw(model), strict=True):
+        num_rois, num_classes = raw.scores.shape[0], raw.scores.shape[1] - 1
+        assert raw.bboxes.shape == (num_rois, 4 if class_agnostic else 4 * num_classes)
+        boxes = raw.bboxes.repeat(1, num_classes) if class_agnostic else raw.bboxes
+        boxes, scores = boxes.reshape(-1, 4), raw.scores[:, :-1].reshape(-1)
+        labels = torch.arange(num_classes).repeat(num_rois)
+        above = scores > 0.01
+        boxes, scores, labels = boxes[above], scores[above], labels[above]
+        keep, decayed = soft_nms(boxes, scores, labels, sigma=0.5, min_score=0.01, max_num=100)
+        assert len(keep) > 5 and (decayed < scores[keep]).any()  # something was decayed
+        torch.testing.assert_close(result.pred_instances.scores, decayed, rtol=0, atol=0)
+        torch.testing.assert_close(result.pred_instances.bboxes, boxes[keep], rtol=0, atol=0)
+        torch.testing.assert_close(result.pred_instances.labels, labels[keep])
+
+
+def test_masks_belong_to_the_surviving_boxes():
+    model = build(plugged(tiny_config('mask'), 'SoftNMSRoIHead', GAUSSIAN))
+    boxes_only = build(plugged(_without_masks(tiny_config('mask')), 'SoftNMSRoIHead', GAUSSIAN))
+    boxes_only.load_state_dict(model.state_dict(), strict=False)
+    seen = {}
+
+    def keep_rois(module, args, output):
+        seen['rois'] = args[1]
+
+    model.roi_head.mask_roi_extractor.register_forward_hook(keep_rois)
+    results = predict(model)
+    _assert_same(results, predict(boxes_only), atol=1e-6)  # masks change no box
+    survivors = torch.cat([result.pred_instances.bboxes for result in results])
+    # Masks are predicted for the survivors only, in network scale: half of the original one here.
+    torch.testing.assert_close(seen['rois'][:, 1:] * 2, survivors, rtol=0, atol=1e-3)
+    for result in results:
+        assert result.pred_instances.masks.shape == (len(result.pred_instances), 192, 256)
+
+
+def _without_masks(cfg):
+    for part in ('mask_head', 'mask_roi_extractor'):
+        cfg.model.roi_head.pop(part)
+    return cfg
+
+
+def test_no_proposal_gives_no_detection():
+    model = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))
+    model.rpn_head.test_cfg.min_bbox_size = 10**6
+    for result in predict(model):
+        assert result.pred_instances.bboxes.shape == (0, 4)
+        assert result.pred_instances.scores.shape == result.pred_instances.labels.shape == (0,)
+
+
+def test_a_config_survives_dump_and_reload(tmp_path):
+    cfg = plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN)
+    cfg.dump(tmp_path / 'dumped.py')
+    again = Config.fromfile(tmp_path / 'dumped.py')
+    assert again.model == cfg.model
+    _assert_same(predict(build(again)), predict(build(cfg)))
+
+
+def test_max_per_img_and_score_thr_are_obeyed():
+    cfg = plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN)
+    cfg.model.test_cfg.rcnn.max_per_img = 3
+    assert [len(result.pred_instances) for result in predict(build(cfg))] == [3, 3]
+    cfg.model.test_cfg.rcnn.score_thr = 1.0
+    assert [len(result.pred_instances) for result in predict(build(cfg))] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    'base',
+    [
+        'mmdet::grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py',
+        'mmdet::tridentnet/tridentnet_r50-caffe_1x_coco.py',
+        'mmdet::crowddet/crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman.py',
+        'mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+        'mmdet::sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py',
+    ],
+)
+def test_foreign_heads_are_refused_in_one_sentence(base):
+    from mmengine.hub import get_config
+
+    cfg = plugged(get_config(base), 'SoftNMSRoIHead', GAUSSIAN)
+    cfg.model.roi_head.update(train_cfg=None, test_cfg=cfg.model.test_cfg.rcnn)
+    with pytest.raises(TypeError, match='cannot be (plugged|used)') as raised:
+        MODELS.build(cfg.model.roi_head)
+    assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ('nms', 'error', 'words'),
+    [
+        (dict(type='mmdet_softnms.SoftNMS', sigma=0), ValueError, 'sigma'),
+        (dict(type='mmdet_softnms.SoftNMS', method='cubic'), ValueError, 'method'),
+        (dict(type='mmdet_softnms.HardNMS', iou_threshold=1.5), ValueError, 'iou_threshold'),
+        (dict(type='mmdet_softnms.HardNMS', iou_thr=0.5), TypeError, '_delete_=True'),
+        (dict(type='mmdet_softnms.NoSuchRule'), KeyError, 'NoSuchRule'),
+    ],
+)
+def test_bad_rules_are_refused_when_the_model_is_built(nms, error, words):
+    cfg = plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', nms)
+    with pytest.raises(error, match=words):
+        build(cfg)
+
+
+def test_the_comparison_notices_another_rule():
+    """Negative control of the comparisons above."""
+    cfg = tiny_config('SoftNMSRoIHead')
+    stock = build(cfg)
+    ours = build(plugged(cfg, 'SoftNMSRoIHead', GAUSSIAN), like=stock)
+    with pytest.raises(AssertionError):
+        _assert_same(predict(ours), predict(stock), atol=1e-6)
