@@ -7,12 +7,14 @@ same roundings happen as in the definition), and let it sink; otherwise nothing 
 selection. A box once below ``min_score`` can never be selected, so it leaves the heap at once. A few thousand IoUs are
 computed instead of N squared, and the work stops at ``max_num``.
 
-Names: ``heap_scores``/``heap_index`` (N,): the heap, two parallel arrays. ``first``/``last`` (C,): ordinal of the first
-and last selection of a class, -1 if none. ``following`` (M,): ordinal of the next selection of the same class.
-``seen`` (N,): ordinal of the last selection whose decay a box has received.
+Names: ``heap_scores``/``heap_index`` (N,): the heap, two parallel arrays. ``selected`` (N, 4): the boxes selected so
+far, each class in rows of its own from ``start`` up to ``stop`` (C,), so that a box meets them in order and next to
+each other in memory. ``seen`` (N,): how many selections of its class a box's score already reflects.
 """
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -21,9 +23,12 @@ import torch
 from numba import types
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import METHODS, Parameters, raise_bad_values
+from mmdet_softnms.ops._soft_nms import Parameters, raise_bad_values
 
-_LINEAR, _GAUSSIAN, _HARD = (METHODS.index(name) for name in ('linear', 'gaussian', 'hard'))
+# Numbered here, not by their place in another module: numba freezes them into its disk cache and only looks at
+# changes of this file.
+_LINEAR, _GAUSSIAN, _HARD = range(3)
+_METHOD_NUMBERS = {'linear': _LINEAR, 'gaussian': _GAUSSIAN, 'hard': _HARD}
 _BAD_VALUE = -1
 
 
@@ -34,7 +39,7 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     """
     num_boxes = len(scores)
     boxes, scores = boxes.contiguous(), scores.contiguous()
-    dense = torch.zeros(num_boxes, dtype=torch.int64) if labels is None else labels.to(torch.int64).contiguous()
+    dense = torch.zeros(num_boxes, dtype=torch.int64) if labels is None else labels.contiguous()
     boxes_, scores_, dense_ = boxes.numpy(), scores.numpy(), dense.numpy()
     real = scores_.dtype.type
 
@@ -51,7 +56,7 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
         scores_,
         dense_,
         highest + 1,
-        METHODS.index(params.method),
+        _METHOD_NUMBERS[params.method],
         real(params.iou_threshold),
         params.sigma,
         real(params.min_score),
@@ -62,17 +67,40 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     return torch.from_numpy(keep[:count]), torch.from_numpy(kept_scores[:count])
 
 
-def _signatures(make: Any) -> list[Any]:
-    """One signature for float32 and one for float64: compiled or read from the disk cache at import, never in a call."""
-    return [make(types.float32), make(types.float64)]
+_cache_works = True
 
 
-@numba.njit(
-    _signatures(lambda real: types.int64(real[:, ::1], real[::1], types.int64[::1], real)),
-    cache=True,
-    nogil=True,
-    error_model='numpy',
-)
+def _compiled(make: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Compile for float32 and float64 at import, never in a call; from numba's disk cache where there is one.
+
+    Args:
+        make: the signature for a floating type.
+    """
+
+    def compile_now(function: Callable[..., Any]) -> Any:
+        global _cache_works
+        options: dict[str, Any] = {'nogil': True, 'error_model': 'numpy'}
+        signatures = [make(types.float32), make(types.float64)]
+        if _cache_works:
+            # numba raises where no directory is writable, the disk is full or a cached file is damaged. None of this
+            # is a reason not to run; an error of the compilation itself comes again below.
+            try:
+                return numba.njit(signatures, cache=True, **options)(function)
+            except Exception as error:
+                _cache_works = False
+                warnings.warn(
+                    'mmdet_softnms compiles its kernels anew in every process (a few seconds), because the disk cache '
+                    f'of numba cannot be used: {error or type(error).__name__}. '
+                    'Set NUMBA_CACHE_DIR to an empty, writable directory.',
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return numba.njit(signatures, **options)(function)
+
+    return compile_now
+
+
+@_compiled(lambda real: types.int64(real[:, ::1], real[::1], types.int64[::1], real))
 def _check(boxes, scores, labels, offset):  # type: ignore[no-untyped-def]
     """The highest label, or _BAD_VALUE where a value is not finite, an area overflows or a label is negative."""
     highest = 0
@@ -87,26 +115,26 @@ def _check(boxes, scores, labels, offset):  # type: ignore[no-untyped-def]
     return highest
 
 
-@numba.njit(cache=True, nogil=True, error_model='numpy', inline='always')
-def _iou(boxes, a, b, offset):  # type: ignore[no-untyped-def]
-    """IoU of boxes a and b, rounded as the reference rounds it."""
-    zero = boxes.dtype.type(0)
-    width = min(boxes[a, 2], boxes[b, 2]) - max(boxes[a, 0], boxes[b, 0]) + offset
+@numba.njit(nogil=True, error_model='numpy', inline='always')
+def _iou(a, b, offset):  # type: ignore[no-untyped-def]
+    """IoU of two boxes, rounded as the reference rounds it."""
+    zero = a.dtype.type(0)
+    width = min(a[2], b[2]) - max(a[0], b[0]) + offset
     if width <= zero:
         return zero
-    height = min(boxes[a, 3], boxes[b, 3]) - max(boxes[a, 1], boxes[b, 1]) + offset
+    height = min(a[3], b[3]) - max(a[1], b[1]) + offset
     if height <= zero:
         return zero
     intersection = width * height
-    area_a = (boxes[a, 2] - boxes[a, 0] + offset) * (boxes[a, 3] - boxes[a, 1] + offset)
-    area_b = (boxes[b, 2] - boxes[b, 0] + offset) * (boxes[b, 3] - boxes[b, 1] + offset)
+    area_a = (a[2] - a[0] + offset) * (a[3] - a[1] + offset)
+    area_b = (b[2] - b[0] + offset) * (b[3] - b[1] + offset)
     union = area_a + area_b - intersection
     if union <= zero:
         return zero
     return intersection / union
 
 
-@numba.njit(cache=True, nogil=True, error_model='numpy', inline='always')
+@numba.njit(nogil=True, error_model='numpy', inline='always')
 def _sink(heap_scores, heap_index, size, place):  # type: ignore[no-untyped-def]
     """Let the entry at ``place`` sink until no child is ahead of it (higher score, or equal and lower index)."""
     score, index = heap_scores[place], heap_index[place]
@@ -127,25 +155,20 @@ def _sink(heap_scores, heap_index, size, place):  # type: ignore[no-untyped-def]
     heap_scores[place], heap_index[place] = score, index
 
 
-@numba.njit(
-    _signatures(
-        lambda real: types.int64(
-            real[:, ::1],
-            real[::1],
-            types.int64[::1],
-            types.int64,
-            types.int64,
-            real,
-            types.float64,
-            real,
-            real,
-            types.int64[::1],
-            real[::1],
-        )
-    ),
-    cache=True,
-    nogil=True,
-    error_model='numpy',
+@_compiled(
+    lambda real: types.int64(
+        real[:, ::1],
+        real[::1],
+        types.int64[::1],
+        types.int64,
+        types.int64,
+        real,
+        types.float64,
+        real,
+        real,
+        types.int64[::1],
+        real[::1],
+    )
 )
 def _select(  # type: ignore[no-untyped-def]
     boxes, scores, labels, num_classes, method, iou_threshold, sigma, min_score, offset, keep, kept_scores
@@ -154,36 +177,42 @@ def _select(  # type: ignore[no-untyped-def]
     real = scores.dtype.type
     heap_scores = np.empty(len(scores), scores.dtype)
     heap_index = np.empty(len(scores), np.int64)
+    stop = np.zeros(num_classes, np.int64)
     size = 0
     for i in range(len(scores)):
         if scores[i] >= min_score:
             heap_scores[size], heap_index[size] = scores[i], i
+            stop[labels[i]] += 1
             size += 1
     for place in range(size // 2 - 1, -1, -1):
         _sink(heap_scores, heap_index, size, place)
 
-    first = np.full(num_classes, -1, np.int64)
-    last = np.full(num_classes, -1, np.int64)
-    following = np.empty(len(keep), np.int64)
-    seen = np.full(len(scores), -1, np.int64)
+    total = 0
+    for c in range(num_classes):  # where each class's rows begin; selections move the stop on
+        stop[c], total = total, total + stop[c]
+    start = stop.copy()
+    selected = np.empty((size, 4), boxes.dtype)
+    seen = np.zeros(len(scores), np.int64)
     count = 0
     while size > 0 and count < len(keep):
         score, i = heap_scores[0], heap_index[0]
         c = labels[i]
         removed = False
-        while seen[i] != last[c] and not removed:
-            ordinal = first[c] if seen[i] < 0 else following[seen[i]]
-            seen[i] = ordinal
-            iou = _iou(boxes, keep[ordinal], i, offset)
+        for row in range(start[c] + seen[i], stop[c]):
+            iou = _iou(boxes[i], selected[row], offset)
+            if iou == real(0):
+                continue
             if method == _GAUSSIAN:
-                if iou > real(0):
-                    score = score * real(math.exp(-(np.float64(iou) * np.float64(iou)) / sigma))
+                score = score * real(math.exp(-(np.float64(iou) * np.float64(iou)) / sigma))
             elif iou > iou_threshold:
                 if method == _HARD:
                     removed = True
                 else:
                     score = score * (real(1) - iou)
-            removed = removed or score < min_score
+            if removed or score < min_score:
+                removed = True
+                break
+        seen[i] = stop[c] - start[c]
         if removed:
             size -= 1
             heap_scores[0], heap_index[0] = heap_scores[size], heap_index[size]
@@ -193,11 +222,8 @@ def _select(  # type: ignore[no-untyped-def]
             _sink(heap_scores, heap_index, size, 0)
         else:
             keep[count], kept_scores[count] = i, score
-            if last[c] < 0:
-                first[c] = count
-            else:
-                following[last[c]] = count
-            last[c] = count
+            selected[stop[c]] = boxes[i]
+            stop[c] += 1
             count += 1
             size -= 1
             heap_scores[0], heap_index[0] = heap_scores[size], heap_index[size]

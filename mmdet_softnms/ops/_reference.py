@@ -35,7 +35,8 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     current = scores.clone()
     alive = current >= scores.new_tensor(params.min_score)
     index = torch.arange(len(scores), device=scores.device)
-    keep, kept_scores = [], []
+    keep: list[Tensor] = []
+    kept_scores: list[Tensor] = []
     limit = len(scores) if params.max_num < 0 else params.max_num
     while len(keep) < limit and alive.any():
         top = current[alive].max()

@@ -83,6 +83,7 @@ def soft_nms(
             boxes, scores = boxes.cpu(), scores.cpu()
             labels = None if labels is None else labels.cpu()
         boxes, scores = boxes.detach().to(dtype), scores.detach().to(dtype)
+        labels = None if labels is None else labels.to(torch.int64)  # torch compares no uint16, uint32 or uint64
         if boxes.device.type == 'cpu':
             # Imported at the first call: numba takes longer to import than everything else here.
             from mmdet_softnms.ops import _cpu as path
@@ -103,7 +104,7 @@ def raise_bad_values(boxes: Tensor, scores: Tensor, labels: Tensor | None, offse
                 'the network diverged or ran out of the range of its floating type'
             )
     if labels is not None and (bad := (labels < 0).nonzero()).numel():
-        raise ValueError(f'labels must not be negative, but labels[{int(bad[0])}] is {int(labels[bad[0]])}')
+        raise ValueError(f'labels must not be negative, but labels[{int(bad[0])}] is {int(labels[bad[0]])} as int64')
     overflow = (~has_safe_area(boxes, offset)).nonzero()
     index = int(overflow[0])
     raise ValueError(
@@ -187,6 +188,8 @@ def _rounded(name: str, value: float, dtype: torch.dtype) -> float:
         raise TypeError(f'{name} must be a number, got {value!r}')
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        raise ValueError(f'{name} is too large: {value!r}') from None
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
         raise TypeError(f'{name} must be a number, got {value!r}') from None
     return number if dtype == torch.float64 else ctypes.c_float(number).value

@@ -1,0 +1,206 @@
+"""The compiled path as a neighbour: threads, processes, and places where numba cannot write its disk cache."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+import mmdet_softnms
+from mmdet_softnms import soft_nms
+from mmdet_softnms.ops import _cpu
+
+WARNING = 'compiles its kernels anew'
+
+
+def crowd(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    corner = 300 * torch.rand(num, 2, generator=generator)
+    boxes = torch.cat([corner, corner + 5 + 60 * torch.rand(num, 2, generator=generator)], dim=1)
+    return boxes, torch.rand(num, generator=generator), torch.randint(5, (num,), generator=generator)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_get_the_same_results() -> None:
+    jobs = [(crowd(2000, seed), method) for seed in range(8) for method in ('linear', 'gaussian', 'hard')]
+    alone = [soft_nms(*inputs, method=method) for inputs, method in jobs]  # type: ignore[arg-type]
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda job: soft_nms(*job[0], method=job[1]), jobs))
+        for (keep, scores), (expected_keep, expected_scores) in zip(together, alone, strict=True):
+            assert torch.equal(keep, expected_keep)
+            assert torch.equal(scores, expected_scores)
+
+
+@pytest.fixture
+def gil_is_never_taken_away() -> Iterator[None]:
+    """Only a thread that gives the GIL up by itself lets another one run."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def runs_beside_others(kernel: Callable[..., int]) -> bool:
+    """Whether another thread got to run between the kernel's call and its return (which takes half a second)."""
+    boxes, scores, _ = (tensor.numpy() for tensor in crowd(12000))
+    boxes[:, 0::2] += 1000 * np.arange(len(boxes), dtype=np.float32)[:, None]  # no overlaps: as many pairs as there are
+    labels = np.zeros(len(boxes), np.int64)
+    keep, kept = np.empty(len(boxes), np.int64), np.empty(len(boxes), np.float32)
+    zero = np.float32(0)
+    about_to_call, returned = threading.Event(), threading.Event()
+
+    def work() -> None:
+        about_to_call.set()
+        for _ in range(8):
+            kernel(boxes, scores, labels, 1, _cpu._GAUSSIAN, zero, 0.5, zero, zero, keep, kept)
+        returned.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    about_to_call.wait()
+    beside = not returned.is_set()
+    thread.join()
+    return beside
+
+
+@pytest.mark.usefixtures('gil_is_never_taken_away')
+def test_kernel_releases_the_gil() -> None:
+    assert runs_beside_others(_cpu._select)
+
+
+@pytest.mark.usefixtures('gil_is_never_taken_away')
+def test_a_kernel_that_holds_the_gil_would_be_noticed() -> None:
+    """The control of the test above: the same kernel compiled without nogil."""
+    signature = _cpu._select.signatures[0]
+    assert not runs_beside_others(numba.njit([signature], error_model='numpy')(_cpu._select.py_func))
+
+
+def test_every_kernel_is_compiled_before_the_first_call() -> None:
+    for kernel in (_cpu._check, _cpu._select):
+        assert len(kernel.signatures) == 2
+        assert kernel.targetoptions['nogil']
+    boxes, scores, labels = crowd(10)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        soft_nms(boxes.to(dtype), scores.to(dtype), labels.int())
+        soft_nms(boxes.to(dtype).mT.contiguous().mT, scores.to(dtype).flip(0)[::2].repeat_interleave(2))
+    for kernel in (_cpu._check, _cpu._select):
+        assert len(kernel.signatures) == 2, 'a call compiled another variant'
+
+
+# --- processes and the disk cache -------------------------------------------------------------------------------------
+
+PROGRAM = """
+import torch
+from mmdet_softnms.ops import _cpu, soft_nms
+keep, scores = soft_nms(torch.tensor([[0., 0, 4, 4], [1, 0, 5, 4], [9, 9, 12, 12]]), torch.tensor([.9, .8, .7]))
+hits = sum(sum(kernel.stats.cache_hits.values()) for kernel in (_cpu._check, _cpu._select))
+print(keep.tolist(), scores.tolist(), 'hits', hits)
+"""
+ROOT = Path(mmdet_softnms.__file__).parents[1]
+
+
+def start(
+    cache: Path | None, root: Path = ROOT, before: Callable[[], None] | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """PROGRAM in a process of its own; ``cache``: where numba keeps its files, None: where it likes."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith('NUMBA_')}
+    variables |= {'PYTHONPATH': str(root), 'PYTHONDONTWRITEBYTECODE': '1', 'OMP_NUM_THREADS': '1', **environment}
+    if cache is not None:
+        variables['NUMBA_CACHE_DIR'] = str(cache)
+    return subprocess.Popen(
+        [sys.executable, '-c', PROGRAM],
+        cwd=root,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, int, str]:
+    """The result as printed, the number of kernels taken from the cache, and the error output."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    result, _, hits = output.strip().rpartition(' hits ')
+    return result, int(hits), errors
+
+
+@pytest.fixture(scope='module')
+def expected() -> str:
+    keep, scores = soft_nms(torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [9, 9, 12, 12]]), torch.tensor([0.9, 0.8, 0.7]))
+    return f'{keep.tolist()} {scores.tolist()}'
+
+
+def test_processes_that_start_together_on_an_empty_cache(tmp_path: Path, expected: str) -> None:
+    """numba replaces whole files, so each process finds a kernel or compiles its own; afterwards nobody compiles."""
+    processes = [start(tmp_path) for _ in range(3)]
+    for process in processes:
+        result, _, errors = finish(process)
+        assert result == expected
+        assert WARNING not in errors
+    result, hits, errors = finish(start(tmp_path))
+    assert (result, hits) == (expected, 4), errors
+
+
+def test_damaged_cache_is_worth_a_warning_not_a_failure(tmp_path: Path, expected: str) -> None:
+    assert finish(start(tmp_path))[0] == expected
+    files = list(tmp_path.rglob('*.nbi'))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:20])
+    result, hits, errors = finish(start(tmp_path))
+    assert (result, hits) == (expected, 0)
+    assert errors.count(WARNING) == 1
+    assert 'NUMBA_CACHE_DIR' in errors
+
+
+def test_no_writable_place_is_worth_a_warning_not_a_failure(tmp_path: Path, expected: str) -> None:
+    """An installation whose __pycache__ cannot be written, for a user whose home cannot be either.
+
+    A file stands where each directory would be, which stops even root.
+    """
+    shutil.copytree(
+        ROOT / 'mmdet_softnms', tmp_path / 'mmdet_softnms', ignore=shutil.ignore_patterns('__pycache__', '.mim')
+    )
+    (tmp_path / 'mmdet_softnms' / 'ops' / '__pycache__').touch()
+    home = tmp_path / 'home'
+    home.touch()
+    process = start(None, root=tmp_path, HOME=str(home), XDG_CACHE_HOME=str(home / 'cache'))
+    result, hits, errors = finish(process)
+    assert (result, hits) == (expected, 0)
+    assert errors.count(WARNING) == 1
+    assert 'no locator available' in errors
+
+
+def test_full_disk_is_worth_a_warning_not_a_failure(tmp_path: Path, expected: str) -> None:
+    """No file may grow beyond 100 bytes: the probe of the directory succeeds, the cache cannot be written."""
+
+    def allow_small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    result, hits, errors = finish(start(tmp_path, before=allow_small_files_only))
+    assert (result, hits) == (expected, 0)
+    assert errors.count(WARNING) == 1
+
+
+def test_compilation_error_is_not_mistaken_for_a_cache_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(real_array: Any) -> int:
+        return real_array.no_such_attribute  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(_cpu, '_cache_works', True)
+    with pytest.raises(numba.core.errors.TypingError), pytest.warns(RuntimeWarning, match=WARNING):
+        _cpu._compiled(lambda real: numba.types.int64(real[::1]))(broken)
