@@ -74,6 +74,8 @@ nan, inf = math.nan, math.inf
         ('labels', torch.tensor([0, 1, 0, 0, -7], dtype=torch.int8), ValueError, r'labels\[4\] is -7'),
         ('labels', torch.tensor([0, 2**63, 0, 0, 0], dtype=torch.uint64), ValueError, r'labels\[1\]'),
         ('boxes', with_value('boxes', 1e20, (slice(None), slice(2, 4))), ValueError, r'boxes\[0\].*overflows'),
+        # a finite area, but the union of two such boxes would not be
+        ('boxes', with_value('boxes', 1e37, (1, 2)), ValueError, r'boxes\[1\].*overflows'),
         ('boxes', with_value('boxes', 3e38, (1, 2)), ValueError, r'boxes\[1\].*overflows'),
         ('boxes', with_value('boxes', -3e38, (1, slice(0, 2))), ValueError, r'boxes\[1\].*overflows'),
         ('boxes', with_value('boxes', 1e300, (1, 2), torch.float64) * 1e5, ValueError, r'boxes\[1\].*overflows'),

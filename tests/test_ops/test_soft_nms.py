@@ -472,6 +472,17 @@ def test_boxes_without_area_overlap_nothing(operator: Callable[..., Result], met
     assert_same(operator(boxes, scores, method=method, iou_threshold=0), (torch.arange(5), scores))
 
 
+@pytest.mark.parametrize('operator', [soft_nms, reference, naive])
+@pytest.mark.parametrize('method', METHODS)
+def test_areas_that_underflow_to_zero_overlap_nothing(operator: Callable[..., Result], method: str) -> None:
+    """1e-30 px wide and high: the sides are positive, but areas, intersection and union are 0 in float32."""
+    boxes, scores = torch.tensor([[0, 0, 1e-30, 1e-30], [0, 0, 1e-30, 1e-30]]), torch.tensor([0.9, 0.8])
+    assert_same(operator(boxes, scores, method=method, iou_threshold=0), (torch.arange(2), scores))
+    assert_same(
+        operator(boxes.double(), scores, method='hard', iou_threshold=0), (torch.tensor([0]), torch.tensor([0.9]))
+    )
+
+
 def test_offset_gives_a_point_an_area() -> None:
     boxes, scores = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5]]), torch.tensor([0.9, 0.8])
     assert soft_nms(boxes, scores, method='hard', offset=1)[0].tolist() == [0]
