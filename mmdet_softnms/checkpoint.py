@@ -91,10 +91,10 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(model: torch.nn.Module, path: str | Path, *, trust: bool = False, ignore: tuple[str, ...] = ()) -> None:
-    """Load a checkpoint's weights into a model; every one of them must fit.
+def check_weights(model: torch.nn.Module, path: str | Path, *, trust: bool = False, ignore: tuple[str, ...] = ()) -> None:
+    """Check that a checkpoint's weights fit a model entirely.
 
-    mmengine's own loader only logs a mismatch and evaluates the half-loaded model.
+    mmengine's own loader only logs a mismatch, and then evaluates the half-loaded model.
 
     Args:
         model: the detector.
@@ -122,4 +122,3 @@ def load_weights(model: torch.nn.Module, path: str | Path, *, trust: bool = Fals
                 f'checkpoint {path} is not of the model in the config: it {what} {len(names)} entries, '
                 f'first {names[0]}'
             )
-    model.load_state_dict(state_dict, strict=False)

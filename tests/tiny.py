@@ -1,5 +1,6 @@
 """Tiny, randomly initialised detectors of mmdet's own architectures, for tests that need a model but no accuracy."""
 
+import copy
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def build(cfg: Config, like: nn.Module | None = None) -> nn.Module:
     """Build the detector in eval mode, seeded, or with the weights of another (all keys must match)."""
     register_all_modules()
     torch.manual_seed(0)
-    model = MODELS.build(cfg.model).eval()
+    model = MODELS.build(copy.deepcopy(cfg.model)).eval()  # building writes into the config
     if like is not None:
         model.load_state_dict(like.state_dict(), strict=True)
     else:

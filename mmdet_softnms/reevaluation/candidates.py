@@ -6,6 +6,7 @@ the rest, so that every dataset, launcher and device mmdet supports is supported
 """
 
 import copy
+import itertools
 import os.path as osp
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.checkpoint import load_weights
+from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights
 from mmdet_softnms.registry import METRICS
 
 _PLUGGED_ROI_HEADS = {
@@ -32,6 +33,7 @@ _PLUGGED_ROI_HEADS = {
     'CascadeRoIHead': 'SoftNMSCascadeRoIHead',
     'DoubleHeadRoIHead': 'SoftNMSDoubleHeadRoIHead',
 }
+_run_numbers = itertools.count()
 _MASK_PREFIXES = ('roi_head.mask_head.', 'roi_head.mask_roi_extractor.')
 
 
@@ -117,7 +119,8 @@ def plug(cfg: Config, score_floor: float) -> Config:
             f'{roi_head.type} cannot be plugged: it suppresses in its own way. Supported RoI heads: '
             f'{", ".join(_PLUGGED_ROI_HEADS)} and those of mmdet_softnms'
         )
-    for part in ('mask_head', 'mask_roi_extractor'):
+    # A config dumped after its model was built repeats test_cfg in the head, and mmdet would merge the two.
+    for part in ('mask_head', 'mask_roi_extractor', 'test_cfg'):
         roi_head.pop(part, None)
     rcnn = cfg.model.test_cfg.rcnn
     rcnn.score_thr, rcnn.max_per_img = score_floor, -1
@@ -209,8 +212,10 @@ def collect(
         plugged.pop(key, None)
     plugged.pop('val_evaluator', None)
     plugged.pop('auto_scale_lr', None)
-    plugged.load_from, plugged.resume = None, False
-    plugged.log_level = 'WARNING'
+    plugged.load_from, plugged.resume = str(checkpoint), False
+    plugged.log_level = 'ERROR'
+    # A name of its own: mmengine keeps visualizers by name, with the folder of the first run in a process.
+    plugged.visualizer = dict(type='Visualizer', name=f'reevaluation_{next(_run_numbers)}')
     plugged.setdefault('test_cfg', dict(type='TestLoop'))
     _drop_weight_initialisation(plugged.model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -218,10 +223,12 @@ def collect(
         runner = Runner.from_cfg(plugged)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         _check_classes(model, cfg, runner)
-        load_weights(model, checkpoint, trust=trust_checkpoint, ignore=_MASK_PREFIXES)
+        # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.
+        check_weights(model, checkpoint, trust=trust_checkpoint, ignore=_MASK_PREFIXES)
+        if trust_checkpoint:
+            allow_unsafe_loading()
         runner.register_hook(_ProgressHook(progress))
-        with torch.no_grad():
-            runner.test()
+        runner.test()
     return runner.test_evaluator.metrics[0].images if is_main_process() else []
 
 

@@ -1,0 +1,178 @@
+"""A re-evaluation equals live runs: the same detections and the same unrounded AP, for every kind of data and head."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.evaluation.functional import eval_map
+from mmengine.config import Config
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from mmdet_softnms.reevaluation.candidates import ReevaluationError, collect, plug
+from mmdet_softnms.reevaluation.engine import default_settings, detections, reevaluate
+from tests.tiny_dataset import CLASSES, make_project
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+LINEAR = dict(type='mmdet_softnms.SoftNMS', method='linear', iou_threshold=0.3, min_score=1e-3)
+GAUSSIAN = dict(type='mmdet_softnms.SoftNMS', method='gaussian', sigma=0.5, min_score=1e-3)
+HARD = dict(type='mmdet_softnms.HardNMS', iou_threshold=0.5)
+
+
+@pytest.fixture(scope='module', params=['class-aware', 'class-agnostic'])
+def project(request, tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp('tiny'), class_agnostic=request.param == 'class-agnostic')
+
+
+def _live(config: Path, checkpoint: Path, nms: dict, out: Path) -> list[dict]:
+    """Detections of a live run of tools/test.py with the rule in the config, by mmdet's own --out."""
+    cfg = Config.fromfile(config)
+    cfg.model.roi_head.type = 'mmdet_softnms.SoftNMSRoIHead'
+    cfg.model.test_cfg.rcnn = dict(score_thr=1e-3, max_per_img=100, nms=nms)
+    changed = config.with_name(f'{out.stem}.py')
+    cfg.dump(changed)
+    command = [sys.executable, str(TOOLS / 'test.py'), changed, checkpoint, '--out', out, '--work-dir', out.parent]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return pickle.loads(out.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ('kind', 'nms', 'row'), [('coco', GAUSSIAN, 2), ('coco', HARD, 0), ('voc', LINEAR, 1), ('voc', GAUSSIAN, 2)]
+)
+def test_reevaluation_equals_the_live_run(project, kind, nms, row, tmp_path):
+    config = project.coco_config if kind == 'coco' else project.voc_config
+    cfg = Config.fromfile(config)
+    live = _live(config, project.checkpoint, nms, tmp_path / 'live.pkl')
+
+    images = collect(cfg, project.checkpoint, 1e-3)
+    ours = detections(images, default_settings(cfg, 1e-3, 100, 1e-3)[row])
+    assert [image.img_id for image in images] == [result['img_id'] for result in live]
+    for one, result in zip(ours, live, strict=True):
+        assert len(one) > 5
+        for key in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(one[key], result['pred_instances'][key], rtol=0, atol=0)
+
+    metrics = reevaluate(cfg, project.checkpoint).rows[row].metrics
+    expected = _coco_ap(project.root / 'coco.json', live)
+    if kind == 'coco':
+        assert 0.01 < metrics['AP'] < 0.99
+        for name, position in (('AP', 0), ('AP50', 1), ('AP75', 2), ('AR1', 6), ('AR10', 7), ('AR100', 8)):
+            assert metrics[name] == pytest.approx(expected[position], abs=1e-9)
+    else:
+        # The same objects, so the same COCO numbers; crowd and difficult objects are one to COCO.
+        assert metrics['AP'] == pytest.approx(expected[0], abs=1e-9)
+        annotations, results = _voc_lists(cfg, live)
+        for name, mode in (('VOC07_AP50', '11points'), ('VOC12_AP50', 'area')):
+            value, _ = eval_map(
+                results, annotations, iou_thr=0.5, eval_mode=mode, use_legacy_coordinate=True, logger='silent'
+            )
+            assert 0.01 < value < 0.99
+            assert metrics[name] == pytest.approx(value, abs=1e-9)
+
+
+def _coco_ap(ann_file: Path, live: list[dict]) -> np.ndarray:
+    coco = COCO(str(ann_file))
+    results = [
+        dict(image_id=int(result['img_id']), category_id=int(label) + 1, score=float(score),
+             bbox=[float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])])
+        for result in live
+        for box, score, label in zip(*(result['pred_instances'][key] for key in ('bboxes', 'scores', 'labels')),
+                                     strict=True)
+    ]  # fmt: skip
+    evaluation = COCOeval(coco, coco.loadRes(results), 'bbox')
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats
+
+
+def _voc_lists(cfg: Config, live: list[dict]):
+    from mmdet.datasets import VOCDataset
+
+    dataset = VOCDataset(**{key: value for key, value in cfg.test_dataloader.dataset.items() if key != 'type'})
+    annotations, results = [], []
+    for number, result in enumerate(live):
+        instances = dataset.get_data_info(number)['instances']
+        for_flag = [[one for one in instances if one['ignore_flag'] == flag] for flag in (0, 1)]
+        boxes, ignored = (np.array([one['bbox'] for one in part], np.float32).reshape(-1, 4) for part in for_flag)
+        labels, labels_ignored = (np.array([one['bbox_label'] for one in part], int) for part in for_flag)
+        annotations.append(dict(bboxes=boxes, labels=labels, bboxes_ignore=ignored, labels_ignore=labels_ignored))
+        found = result['pred_instances']
+        dets = torch.cat([found['bboxes'], found['scores'][:, None]], 1).numpy()
+        results.append([dets[found['labels'].numpy() == label] for label in range(len(CLASSES))])
+    return annotations, results
+
+
+def test_the_table_is_fair(project):
+    result = reevaluate(Config.fromfile(project.coco_config), project.checkpoint, score_thr=0.002, max_per_img=50)
+    names = [(row.rule, row.params.get('method'), row.source) for row in result.rows]
+    assert names == [
+        ('HardNMS', None, 'table'), ('SoftNMS', 'linear', 'table'), ('SoftNMS', 'gaussian', 'table'),
+        ('nms', None, 'config'),
+    ]  # fmt: skip
+    assert [(row.params['score_thr'], row.params['max_per_img']) for row in result.rows] == [(0.002, 50)] * 3 + [
+        (0.01, 100)
+    ]
+    assert result.num_images == 6
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_the_configs_own_row_is_mmdets_own_result(project, tmp_path):
+    """Stock suppression over stored candidates equals the stock detector, class offset and all."""
+    cfg = Config.fromfile(project.coco_config)
+    out = tmp_path / 'stock.pkl'
+    command = [TOOLS / 'test.py', project.coco_config, project.checkpoint, '--out', out, '--work-dir', tmp_path]
+    subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
+    live = pickle.loads(out.read_bytes())
+    setting = default_settings(cfg, 1e-3, 100, 1e-3)[3]
+    for one, result in zip(detections(collect(cfg, project.checkpoint, 1e-3), setting), live, strict=True):
+        for key in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(one[key], result['pred_instances'][key], rtol=0, atol=0)
+
+
+def test_no_detection_at_all_is_an_ap_of_zero(project):
+    result = reevaluate(Config.fromfile(project.voc_config), project.checkpoint, score_thr=0.999)
+    assert result.rows[0].metrics['AP'] == result.rows[0].metrics['VOC07_AP50'] == 0.0
+
+
+def test_masks_are_left_out_and_said_so(project):
+    cfg = Config.fromfile(project.coco_config)
+    from mmdet_softnms.reevaluation.report import to_table
+    from tests.tiny import tiny_config
+
+    masks = tiny_config('mask', num_classes=len(CLASSES)).model.roi_head
+    cfg.model.roi_head.update(mask_head=masks.mask_head, mask_roi_extractor=masks.mask_roi_extractor)
+    result = reevaluate(cfg, project.checkpoint)
+    assert result.masks_left_out and 'Masks are left out' in to_table(result).caption
+
+
+@pytest.mark.parametrize('roi_head', ['GridRoIHead', 'SparseRoIHead', 'mmdet.TridentRoIHead', 'HybridTaskCascadeRoIHead'])
+def test_heads_that_cannot_be_plugged_are_refused(project, roi_head):
+    cfg = Config.fromfile(project.coco_config)
+    cfg.model.roi_head.type = roi_head
+    with pytest.raises(ReevaluationError, match=f'{roi_head} cannot be plugged'):
+        plug(cfg, 0.0)
+
+
+def test_one_stage_detectors_are_refused():
+    with pytest.raises(ReevaluationError, match='RetinaNet has no roi_head'):
+        plug(Config(dict(model=dict(type='RetinaNet'))), 0.0)
+
+
+@pytest.mark.parametrize('thresholds', [dict(score_thr=-0.1), dict(score_thr=1.0), dict(max_per_img=0), dict(min_score=2)])
+def test_thresholds_out_of_range_are_refused(project, thresholds):
+    with pytest.raises(ReevaluationError, match=next(iter(thresholds))):
+        reevaluate(Config.fromfile(project.coco_config), project.checkpoint, **thresholds)
+
+
+def test_a_config_dumped_after_its_model_was_built_is_accepted(project):
+    """mmdet's detectors write test_cfg into the head's config, and ConfigDict.update merges."""
+    cfg = Config.fromfile(project.coco_config)
+    cfg.model.roi_head.test_cfg = cfg.model.test_cfg.rcnn
+    assert collect(cfg, project.checkpoint, 0.5) is not None
