@@ -1,0 +1,122 @@
+"""tools/benchmark.py on its smallest cells: what it draws, checks, writes and refuses. No test looks at a time."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / 'tools' / 'benchmark.py'
+
+
+@pytest.fixture(scope='module')
+def benchmark() -> ModuleType:
+    specification = importlib.util.spec_from_file_location('benchmark_script', SCRIPT)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+SMALL = ['op', '--sizes', '200', '--classes', '5', '--dense', '300', '--seconds', '0']
+
+
+def test_rows_and_files(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main([*SMALL, '--out', str(tmp_path / 'new' / 'folder')])
+    assert 'worst against mmcv soft' in capsys.readouterr().out
+
+    folder = tmp_path / 'new' / 'folder'
+    assert sorted(path.name for path in folder.iterdir()) == ['benchmark_op.json', 'benchmark_op.md']
+    report = json.loads((folder / 'benchmark_op.json').read_text())
+    rows = report['rows']
+    assert len(rows) == 3 * 3 * 2  # scenes, rules, top 100 or all
+    for row in rows:
+        peers = {'ours', 'mmcv hard'} | ({'mmcv soft', 'ensemble-boxes'} if row['rule'] != 'hard' else set())
+        assert set(row['milliseconds']) == set(row['calls']) == set(row['kept']) == peers
+        assert all(value > 0 for value in row['milliseconds'].values())
+        assert row['kept']['ours'] <= (row['max_num'] if row['max_num'] >= 0 else row['candidates'])
+        # One class needs no offset, so nothing but ties at the last bit can part us from mmcv.
+        assert row['in_common_with_mmcv'] >= (0.99 if row['classes'].startswith('1 ') else 0.9)
+
+    text = (folder / 'benchmark_op.md').read_text()
+    assert sum(line.startswith('|') for line in text.splitlines()) == 2 + len(rows)
+    for peer in ('mmcv soft', 'mmcv hard', 'ensemble-boxes'):
+        assert f'worst against {peer}' in text and f'best against {peer}' in text
+    for private in (str(Path.home()), str(tmp_path), str(SCRIPT.parents[1]), sys.prefix):
+        assert private not in text + json.dumps(report), 'a path of this machine is in the report'
+
+
+def test_candidates_are_the_same_every_time(benchmark: ModuleType) -> None:
+    for make in (lambda: benchmark.detector_candidates(500, 80), lambda: benchmark.spread_candidates(500)):
+        first, second = make(), make()
+        assert len(first.scores) == 500
+        for a, b in zip(first[:3], second[:3], strict=True):
+            assert torch.equal(a, b)
+        assert ((first.boxes[:, 2:] - first.boxes[:, :2]) > 1).all()
+        assert (first.boxes >= 0).all() and (first.boxes[:, 2] <= 1333).all() and (first.boxes[:, 3] <= 800).all()
+        assert first.min_score <= first.scores.min()
+
+
+def test_wrong_selection_stops_the_benchmark(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the guard: an operator that is fast because it is wrong gets no row."""
+
+    def wrong(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, **options: Any) -> Any:
+        return benchmark._reference.select(boxes, scores, None, benchmark._soft_nms.Parameters('hard', 1, 1, 0, 100, 0))
+
+    monkeypatch.setattr(benchmark, 'soft_nms', wrong)
+    with pytest.raises(SystemExit, match='not the reference'):
+        benchmark.measure(benchmark.detector_candidates(200, 5), 'gaussian', 100, seconds=0)
+
+
+def test_slow_peer_is_called_once_and_marked(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, 'SLOW', 0)
+    row = benchmark.measure(benchmark.detector_candidates(200, 5), 'gaussian', 100, seconds=0)
+    assert set(row['calls'].values()) == {1}
+    assert sum('(once)' in cell for cell in benchmark.cells(row)) == 3
+
+
+@pytest.mark.parametrize(
+    ('module', 'words'), [('ensemble_boxes', r'mmdet_softnms\[bench\]'), ('mmcv.ops', 'Install mmcv')]
+)
+def test_missing_peer_is_one_clear_line(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, words: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match=words) as caught:
+        benchmark.main([*SMALL, '--out', str(tmp_path / 'out')])
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_failed_write_leaves_the_earlier_file(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / 'report.md'
+    benchmark.write(path, 'earlier')
+
+    def fail(self: Path, text: str) -> None:
+        raise OSError('disk full')
+
+    monkeypatch.setattr(Path, 'write_text', fail)
+    with pytest.raises(OSError, match='disk full'):
+        benchmark.write(path, 'later')
+    monkeypatch.undo()
+    assert path.read_text() == 'earlier'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('arguments', [[], ['op', '--sizes', '0'], ['op', '--sizes', 'many'], ['no-such-command']])
+def test_wrong_command_line(benchmark: ModuleType, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_output_folder_that_cannot_be_is_one_clear_line(benchmark: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='--out .*file: File exists'):
+        benchmark.main([*SMALL, '--out', str(tmp_path / 'file')])

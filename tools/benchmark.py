@@ -1,0 +1,426 @@
+"""Measure mmdet_softnms against its alternatives. ``python tools/benchmark.py op --help`` lists the options.
+
+``op``: the operator on the CPU against ``mmcv.ops.batched_nms`` (soft and hard) and the soft NMS of ensemble-boxes, all
+on the same candidates, in one run, in turns. The candidates are drawn, but shaped like a detector's:
+
+* A scene of 1333 x 800 px holds 20 objects. 1,000 proposals: four in five lie round an object, with normal errors of a
+  tenth of its size, the others anywhere.
+* Every class has its own box for each proposal (class-aware regression, 3 % apart) and a softmax score: random logits,
+  with a margin for the background and a larger one for the object's class where there is an object.
+* The score threshold is set so that the wanted number of candidates remains. ``min_score`` is 1e-3, or that threshold
+  where it is lower: nothing is dropped before it has met another box.
+* "1 dense" is one class of that many proposals round the 20 objects; "1 spread" is one class of small boxes all over
+  the image, few of which overlap: nearly all survive, which is the most work there is for anyone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
+
+from mmdet_softnms import soft_nms
+from mmdet_softnms.ops import _reference, _soft_nms
+
+WIDTH, HEIGHT = 1333, 800
+PARAMETERS: dict[str, dict[str, Any]] = {
+    'gaussian': {'method': 'gaussian', 'sigma': 0.5},
+    'linear': {'method': 'linear', 'iou_threshold': 0.3},
+    'hard': {'method': 'hard', 'iou_threshold': 0.5},
+}
+OURS, MMCV_SOFT, MMCV_HARD, ENSEMBLE = 'ours', 'mmcv soft', 'mmcv hard', 'ensemble-boxes'
+PEERS = (MMCV_SOFT, MMCV_HARD, ENSEMBLE)
+SLOW = 2.0  # seconds; a peer whose first call takes longer is not called again
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
+CHECKED = 2000  # selections compared with the reference, which needs a pass over all boxes for each
+
+
+class Candidates(NamedTuple):
+    """boxes (N, 4) xyxy in pixels, scores (N,) and labels (N,) of one image; ``kind``: the classes, in words."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    kind: str
+    min_score: float
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def detector_candidates(
+    num: int, num_classes: int, num_proposals: int = 1000, kind: str | None = None, seed: int = 0
+) -> Candidates:
+    """The ``num`` candidates of highest score of the scene in the module's docstring."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    image = torch.tensor([WIDTH, HEIGHT])
+    objects = torch.rand(20, 2, generator=generator) * image
+    sizes = (32 * 12 ** torch.rand(20, 1, generator=generator)) * (0.3 * normal(20, 2)).exp()  # 32 to 384 px
+    classes = torch.randint(num_classes, (20,), generator=generator)
+
+    nearest = torch.randint(20, (num_proposals,), generator=generator)
+    stray = torch.rand(num_proposals, generator=generator) < 0.2
+    centres = objects[nearest] + 0.1 * sizes[nearest] * normal(num_proposals, 2)
+    centres[stray] = torch.rand(int(stray.sum()), 2, generator=generator) * image
+    sides = sizes[nearest] * (0.15 * normal(num_proposals, 2)).exp()
+
+    logits = 1.5 * normal(num_proposals, num_classes + 1) + normal(num_classes + 1)
+    logits[torch.arange(num_proposals), classes[nearest]] += torch.where(stray, 0.0, 6.0)
+    logits[:, -1] += 4  # background
+    scores = logits.softmax(dim=1)[:, :-1].reshape(-1)
+    best = scores.topk(min(num, len(scores))).indices.sort().values
+    proposal, labels = best // num_classes, best % num_classes
+
+    centres = centres[proposal] + 0.03 * sides[proposal] * normal(len(best), 2)
+    half = sides[proposal] * (0.05 * normal(len(best), 2)).exp() / 2
+    return _candidates(centres, half, scores[best], labels, kind or f'{num_classes:,}')
+
+
+def spread_candidates(num: int, seed: int = 0) -> Candidates:
+    """One class of small boxes all over the image."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.rand(num, 2, generator=generator) * torch.tensor([WIDTH, HEIGHT])
+    half = (5 + 20 * torch.rand(num, 2, generator=generator)) / 2
+    scores = 0.01 + 0.99 * torch.rand(num, generator=generator)
+    return _candidates(centres, half, scores, torch.zeros(num, dtype=torch.int64), '1 spread')
+
+
+def _candidates(centres: Tensor, half: Tensor, scores: Tensor, labels: Tensor, kind: str) -> Candidates:
+    """Clip to the image, as a detector does; centres are moved inside first, so that no box loses all its area."""
+    limit = torch.tensor([WIDTH, HEIGHT], dtype=torch.float32)
+    centres = torch.minimum(centres.clamp(min=2), limit - 2)
+    boxes = torch.cat([(centres - half).clamp(min=0), torch.minimum(centres + half, limit)], dim=1)
+    return Candidates(boxes, scores, labels, kind, min(1e-3, float(scores.min())))
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+def calls(candidates: Candidates, rule: str, max_num: int) -> dict[str, Callable[[], Any]]:
+    """What is timed. The peers have no way to stop early: mmcv returns all, and is cut as mmdet's heads do it."""
+    import ensemble_boxes
+    from mmcv.ops import batched_nms
+
+    boxes, scores, labels, _, min_score = candidates
+
+    def mmcv_with(config: dict[str, Any]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            keep: Tensor = batched_nms(boxes, scores, labels, config)[1]
+            return keep if max_num < 0 else keep[:max_num]
+
+        return call
+
+    timed: dict[str, Callable[[], Any]] = {
+        OURS: lambda: soft_nms(boxes, scores, labels, min_score=min_score, max_num=max_num, **PARAMETERS[rule]),
+        MMCV_HARD: mmcv_with({'type': 'nms', 'iou_threshold': 0.5}),
+    }
+    if rule != 'hard':
+        timed[MMCV_SOFT] = mmcv_with({'type': 'soft_nms', 'min_score': min_score, **PARAMETERS[rule]})
+        # Lists of one model's arrays, coordinates in [0, 1]; the conversion is not timed.
+        lists = (
+            [(boxes.double() / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])).numpy()],
+            [scores.double().numpy()],
+            [labels.numpy()],
+        )
+        options = {
+            'method': {'linear': 1, 'gaussian': 2}[rule],
+            'iou_thr': PARAMETERS[rule].get('iou_threshold', 0.5),
+            'sigma': PARAMETERS[rule].get('sigma', 0.5),
+            'thresh': min_score,
+        }
+        timed[ENSEMBLE] = lambda: ensemble_boxes.soft_nms(*lists, **options)
+    return timed
+
+
+def check(candidates: Candidates, rule: str, max_num: int, keep: Tensor, scores: Tensor) -> None:
+    """Our selection is the reference's, bit for bit (the first CHECKED of it)."""
+    limit = CHECKED if max_num < 0 else min(max_num, CHECKED)
+    options = {'iou_threshold': 0.3, 'sigma': 0.5, 'offset': 0, **PARAMETERS[rule]}
+    params = _soft_nms._check_parameters(min_score=candidates.min_score, max_num=limit, dtype=torch.float32, **options)
+    expected_keep, expected_scores = _reference.select(candidates.boxes, candidates.scores, candidates.labels, params)
+    if not (torch.equal(keep[:limit], expected_keep) and torch.equal(scores[:limit], expected_scores)):
+        raise SystemExit(f'{rule}, {candidates.kind} classes, {len(candidates.scores)} candidates: not the reference')
+
+
+def in_common(keep: Tensor, other: Tensor) -> float:
+    """Share of the selections that both made, whatever their order."""
+    return len(set(keep.tolist()) & set(other.tolist())) / max(len(keep), len(other), 1)
+
+
+def measure(candidates: Candidates, rule: str, max_num: int, seconds: float) -> dict[str, Any]:
+    """One row: median milliseconds of each peer, called in turns, so that a busy moment hits all of them alike."""
+    timed = calls(candidates, rule, max_num)
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    results = {}
+    once = set()
+    for name, call in timed.items():  # the first call warms up, and is the only one of a slow peer
+        start = time.perf_counter()
+        results[name] = call()
+        if (elapsed := time.perf_counter() - start) > SLOW:
+            once.add(name)
+            times[name].append(elapsed)
+    keep, scores = results[OURS]
+    check(candidates, rule, max_num, keep, scores)
+
+    begin, rounds = time.perf_counter(), 0
+    while rounds < FEWEST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - begin < seconds):
+        for name, call in timed.items():
+            if name not in once:
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+        rounds += 1
+    kept = {name: len(result[0] if name in (OURS, ENSEMBLE) else result) for name, result in results.items()}
+    return {
+        'candidates': len(candidates.scores),
+        'classes': candidates.kind,
+        'rule': rule,
+        'max_num': max_num,
+        'score_thr': float(candidates.scores.min()),
+        'min_score': candidates.min_score,
+        'milliseconds': {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        'calls': {name: len(values) for name, values in times.items()},
+        'kept': kept,
+        'in_common_with_mmcv': in_common(keep, results[MMCV_HARD if rule == 'hard' else MMCV_SOFT]),
+    }
+
+
+def ratio(row: dict[str, Any], peer: str) -> float | None:
+    """How many times as long the peer takes; below 1, we are the slower ones."""
+    times = row['milliseconds']
+    return times[peer] / times[OURS] if peer in times else None
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+HEADER = (
+    'candidates',
+    'classes',
+    'rule',
+    'wanted',
+    'ours, ms',
+    *(title for peer in PEERS for title in (f'{peer}, ms', 'ratio')),
+    'same as mmcv',
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    times, number = row['milliseconds'], row['calls']
+    texts = [
+        f'{row["candidates"]:,}',
+        row['classes'],
+        row['rule'],
+        'all' if row['max_num'] < 0 else f'top {row["max_num"]}',
+        f'{times[OURS]:.3g}',
+    ]
+    for peer in PEERS:
+        value = ratio(row, peer)
+        if value is None:
+            texts += ['', '']
+        else:
+            time_text = f'{times[peer]:.3g}' if times[peer] < 1000 else f'{times[peer]:,.0f}'
+            ratio_text = f'{value:,.0f}x' if value >= 10 else f'{value:.2g}x'
+            texts += [time_text + (' (once)' if number[peer] == 1 else ''), ratio_text]
+    return [*texts, f'{100 * row["in_common_with_mmcv"]:.2f} %']
+
+
+def extremes(rows: list[dict[str, Any]]) -> list[str]:
+    """For each peer the worst and the best row, in a line each."""
+    lines = []
+    for peer in PEERS:
+        measured = [(value, row) for row in rows if (value := ratio(row, peer)) is not None]
+        for word, (value, row) in (
+            ('worst', min(measured, key=lambda pair: pair[0], default=(None, None))),
+            ('best', max(measured, key=lambda pair: pair[0], default=(None, None))),
+        ):
+            if value is not None and row is not None:
+                what = ', '.join(cells(row)[2:4])
+                lines.append(
+                    f'{word} against {peer}: {value:.3g}x ({row["candidates"]:,} candidates, {row["classes"]} classes, '
+                    f'{what}: {row["milliseconds"][OURS]:.3g} ms against {row["milliseconds"][peer]:.3g} ms)'
+                )
+    return lines
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, without names of hosts or directories."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        names = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
+        model = names[0] if names else model
+    return {
+        'cpu': model,
+        'cores': os.cpu_count(),
+        'load_at_start': round(os.getloadavg()[0], 2),
+        'torch_threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        **{name: _version(name) for name in ('torch', 'numba', 'numpy', 'ensemble-boxes')},
+        'mmcv': _mmcv_version(),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return 'unknown'
+
+
+def _mmcv_version() -> str:
+    """By whatever name it was installed."""
+    import mmcv
+
+    name = next(iter(metadata.packages_distributions().get('mmcv', ['mmcv'])))
+    return f'{name} {mmcv.__version__}'
+
+
+DIFFERENCES = (
+    'Milliseconds are medians of calls made in turns; "(once)": a single call, because it took more than '
+    f"{SLOW:.0f} s. A ratio is the peer's time over ours: above 1, ours is faster.",
+    'mmcv hard is `nms` at IoU 0.5, whatever the rule of the row. mmcv and ensemble-boxes cannot stop early: they work '
+    "on all candidates also where the top 100 are wanted (mmcv's result is then cut, as in mmdet).",
+    'ensemble-boxes: coordinates in [0, 1] and float64, boxes of no area removed, `thresh` (our min_score) applied '
+    'once at the end with > instead of >=, result grouped by class and not sorted; conversion to its input not timed.',
+    '"same as mmcv": share of the selections that mmcv\'s op of the same rule also makes. It moves classes apart by '
+    'adding label x (largest coordinate + 1) to float32 boxes, which shifts IoUs; soft_nms decays at IoU >= threshold; '
+    'below 10,000 candidates all classes are one O(N^2) pass.',
+    'Checked in every row: our selection and scores equal the plain PyTorch reference bit for bit '
+    f'(the first {CHECKED:,} of them).',
+)
+
+
+def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    lines = ['# soft_nms on the CPU', '', ', '.join(f'{key} {value}' for key, value in about.items()), '']
+    lines += ['| ' + ' | '.join(HEADER) + ' |', '|' + '---|' * len(HEADER)]
+    lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows]
+    lines += ['', *(f'- {line}' for line in extremes(rows)), '', *(f'- {line}' for line in DIFFERENCES), '']
+    lines += ['Candidates, from `tools/benchmark.py`:', '', (__doc__ or '').split('\n\n', 1)[1]]
+    return '\n'.join(lines)
+
+
+def show(rows: list[dict[str, Any]], about: dict[str, Any], console: Console) -> None:
+    table = Table(*HEADER, title='soft_nms on the CPU', caption=', '.join(f'{k} {v}' for k, v in about.items()))
+    for column in table.columns[4:]:
+        column.justify = 'right'
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    for line in (*extremes(rows), '', *DIFFERENCES):
+        console.print(line, highlight=False, markup=False)
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing: an interrupted run leaves the earlier file."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def require_peers() -> None:
+    """One clear line instead of a traceback from inside a package."""
+    try:
+        import mmcv.ops  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(
+            f'benchmark op compares with mmcv and its compiled ops, which cannot be imported ({error}). '
+            'Install mmcv (or onedl-mmcv) with pip install --no-build-isolation after torch.'
+        ) from None
+    try:
+        import ensemble_boxes  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(
+            f'benchmark op compares with ensemble-boxes, which cannot be imported ({error}). '
+            "Install it with: pip install 'mmdet_softnms[bench]'"
+        ) from None
+
+
+def scenes(arguments: argparse.Namespace) -> Iterable[Candidates]:
+    for num_classes in arguments.classes:
+        for num in arguments.sizes:
+            yield detector_candidates(num, num_classes)
+    if arguments.dense:
+        yield detector_candidates(arguments.dense, 1, num_proposals=arguments.dense, kind='1 dense')
+        yield spread_candidates(arguments.dense)
+
+
+def run_op(arguments: argparse.Namespace) -> None:
+    require_peers()
+    if arguments.out:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+        except OSError as error:
+            raise SystemExit(f'--out {arguments.out}: {error.strerror}') from None
+    about = machine()
+    everything = list(scenes(arguments))
+    rows = []
+    console = Console()
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task('', total=len(everything) * len(PARAMETERS) * 2)
+        for candidates in everything:
+            for rule in PARAMETERS:
+                for max_num in (100, -1):
+                    progress.update(task, description=f'{len(candidates.scores):,} x {candidates.kind}, {rule}')
+                    rows.append(measure(candidates, rule, max_num, arguments.seconds))
+                    progress.advance(task)
+    about['load_at_end'] = round(os.getloadavg()[0], 2)
+    show(rows, about, console if console.is_terminal else Console(width=200))
+    if arguments.out:
+        write(arguments.out / 'benchmark_op.json', json.dumps({'machine': about, 'rows': rows}, indent=1))
+        write(arguments.out / 'benchmark_op.md', markdown(rows, about))
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'{value} is not positive')
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = result.add_subparsers(required=True, metavar='COMMAND')
+    op = commands.add_parser('op', help='the operator on the CPU against mmcv and ensemble-boxes')
+    op.add_argument('--sizes', type=positive, nargs='+', default=[1000, 5000, 13000, 27000], help='candidates')
+    op.add_argument('--classes', type=positive, nargs='+', default=[80, 1203], help='classes')
+    op.add_argument('--dense', type=int, default=27000, help='candidates of the two one-class scenes; 0: leave out')
+    op.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
+    op.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_op.md and benchmark_op.json there')
+    op.set_defaults(run=run_op)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('interrupted; nothing was written')
