@@ -1,0 +1,58 @@
+"""Every config of the repository is built, dumped and reloaded, and listed in a metafile."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob('configs/*/*.py'))
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 8
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_config_is_built_dumped_and_reloaded(path, tmp_path):
+    register_all_modules()
+    cfg = Config.fromfile(path)
+    cfg.dump(tmp_path / 'dumped.py')
+    again = Config.fromfile(tmp_path / 'dumped.py')
+    assert again.to_dict() == cfg.to_dict()
+    model = MODELS.build(again.model)
+    if 'soft-nms' in path.stem:
+        assert type(model.roi_head).__name__ == 'SoftNMSRoIHead'
+        rule = model.roi_head._rule
+        assert rule.params['method'] == ('linear' if 'linear' in path.stem else 'gaussian')
+        assert (rule.params['min_score'], again.model.test_cfg.rcnn.score_thr) == (1e-3, 1e-3)
+
+
+def test_a_config_is_a_swap_over_mmdets_own():
+    """The model of a Soft-NMS config differs from its base in the head's type and the test settings only."""
+    ours = Config.fromfile(ROOT / 'configs/soft_nms/faster-rcnn_r50_fpn_soft-nms-gaussian_1x_coco.py').model.to_dict()
+    from mmengine.hub import get_config
+
+    base = get_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py').model.to_dict()
+    assert ours['roi_head'].pop('type') == 'mmdet_softnms.SoftNMSRoIHead'
+    base['roi_head'].pop('type')
+    assert ours['test_cfg'].pop('rcnn') != base['test_cfg'].pop('rcnn')
+    assert ours == base
+
+
+def test_metafiles_list_every_config_and_name_existing_files():
+    listed = set()
+    for imported in yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']:
+        metafile = yaml.safe_load((ROOT / imported).read_text())
+        collections = {collection['Name'] for collection in metafile['Collections']}
+        assert all((ROOT / collection['README']).is_file() for collection in metafile['Collections'])
+        for model in metafile['Models']:
+            assert model['In Collection'] in collections
+            assert model['Name'] == Path(model['Config']).stem
+            for key in ('Config', 'Weights'):
+                assert key not in model or '://' in model[key] or (ROOT / model[key]).is_file(), model[key]
+            listed.add(ROOT / model['Config'])
+    assert listed == set(CONFIGS)

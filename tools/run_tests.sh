@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up whatever is missing, draws the data set, and runs the tests. Run it again any time.
+#
+#   bash tools/run_tests.sh [--stack default|official] [--python PATH] [--use-installed-torch] [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/setup_env.sh
+take_setup_options "$@"
+setup_env
+"$VENV/bin/python" tools/make_demo_dataset.py >&2
+say 'Running the tests (about 5 min)'
+exec "$VENV/bin/python" -m pytest ${REST[@]+"${REST[@]}"}
