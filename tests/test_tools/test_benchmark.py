@@ -118,5 +118,5 @@ def test_wrong_command_line(benchmark: ModuleType, arguments: list[str]) -> None
 
 def test_output_folder_that_cannot_be_is_one_clear_line(benchmark: ModuleType, tmp_path: Path) -> None:
     (tmp_path / 'file').touch()
-    with pytest.raises(SystemExit, match='--out .*file: File exists'):
+    with pytest.raises(SystemExit, match=r'--out .*file: File exists'):
         benchmark.main([*SMALL, '--out', str(tmp_path / 'file')])
