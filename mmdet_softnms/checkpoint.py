@@ -44,10 +44,18 @@ def allow_zoo_types() -> None:
         function = getattr(multiarray, name)
         # Files written under numpy 1 and numpy 2 name the same function by different modules.
         allowed += [(function, f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')]
+    allowed.append((_statistic, 'builtins.getattr'))
     try:
         torch.serialization.add_safe_globals(allowed)
     except AttributeError:  # torch 2.4 and 2.5 take no (object, name) pairs: only this numpy's own names
         torch.serialization.add_safe_globals([one[0] if isinstance(one, tuple) else one for one in allowed])
+
+
+def _statistic(owner: type, name: str) -> Any:
+    """What a pickled HistoryBuffer means by ``getattr``: one of its own statistics. Stands in for it, and is no more."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current', 'statistics'):
+        raise pickle.UnpicklingError(f'Unsupported: getattr({owner!r}, {name!r})')
+    return getattr(owner, name)
 
 
 def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -71,10 +79,10 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unsupported' in line), error)
+        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unsupported' in line), str(error))
         raise CheckpointError(
             f'checkpoint {path} holds more than weights and training statistics, and reading it would run code from '
-            f'the file: {str(reason).strip()} If you trust its source, pass --trust-checkpoint.'
+            f'the file ({reason.split(" was not")[0].strip()}); if you trust its source, pass --trust-checkpoint'
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
