@@ -9,7 +9,6 @@ double-head RoI head; nothing in it has to be changed.
 import argparse
 import hashlib
 import os
-import signal
 import sys
 import time
 import warnings
@@ -118,14 +117,6 @@ def main() -> None:
     from mmdet_softnms.checkpoint import CheckpointError
     from mmdet_softnms.reevaluation.candidates import ReevaluationError
 
-    owner = os.getpid()
-
-    def interrupt(number: int, frame: Any) -> None:
-        if os.getpid() != owner:  # a worker of mmdet's evaluation pool, told to end: no exception while it holds a lock
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     args = parse_args()
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:

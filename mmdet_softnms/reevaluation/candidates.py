@@ -218,6 +218,8 @@ def collect(
     plugged.visualizer = dict(type='Visualizer', name=f'reevaluation_{next(_run_numbers)}')
     plugged.setdefault('test_cfg', dict(type='TestLoop'))
     _drop_weight_initialisation(plugged.model)
+    if plugged.get('launcher', 'none') != 'none' and not torch.cuda.is_available():
+        _distribute_on_cpu(plugged)
     with tempfile.TemporaryDirectory() as temporary:
         plugged.work_dir = str(work_dir or temporary)
         runner = Runner.from_cfg(plugged)
@@ -230,6 +232,15 @@ def collect(
         runner.register_hook(_ProgressHook(progress))
         runner.test()
     return runner.test_evaluator.metrics[0].images if is_main_process() else []
+
+
+def _distribute_on_cpu(cfg: Config) -> None:
+    """mmengine's own launcher assumes GPUs: it sets a CUDA device, and wraps the model with one."""
+    if cfg.launcher != 'pytorch':
+        raise ReevaluationError(f'--launcher {cfg.launcher} needs GPUs; without them start it by torchrun (pytorch)')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
 
 
 def _check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:
