@@ -37,7 +37,7 @@ def allow_zoo_types() -> None:
     """Let ``torch.load(weights_only=True)`` of this process read the types that zoo checkpoints hold."""
     if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4 knows no allow-list: tensors only
         return
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    multiarray: Any = (np._core if hasattr(np, '_core') else np.core).multiarray  # type: ignore[attr-defined]
     allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     allowed += sorted({type(np.dtype(code)) for code in '?bhilqBHILQefd'}, key=lambda kind: kind.__name__)
     for name in ('scalar', '_reconstruct'):
@@ -79,7 +79,9 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unsupported' in line), str(error))
+        reason = next(
+            (line for line in str(error).splitlines() if 'GLOBAL' in line or 'Unsupported' in line), str(error)
+        )
         raise CheckpointError(
             f'checkpoint {path} holds more than weights and training statistics, and reading it would run code from '
             f'the file ({reason.split(" was not")[0].strip()}); if you trust its source, pass --trust-checkpoint'
@@ -99,7 +101,9 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def check_weights(model: torch.nn.Module, path: str | Path, *, trust: bool = False, ignore: tuple[str, ...] = ()) -> None:
+def check_weights(
+    model: torch.nn.Module, path: str | Path, *, trust: bool = False, ignore: tuple[str, ...] = ()
+) -> None:
     """Check that a checkpoint's weights fit a model entirely.
 
     mmengine's own loader only logs a mismatch, and then evaluates the half-loaded model.
@@ -127,6 +131,5 @@ def check_weights(model: torch.nn.Module, path: str | Path, *, trust: bool = Fal
     for what, names in (('lacks', missing), ('also holds', left_over)):
         if names:
             raise CheckpointError(
-                f'checkpoint {path} is not of the model in the config: it {what} {len(names)} entries, '
-                f'first {names[0]}'
+                f'checkpoint {path} is not of the model in the config: it {what} {len(names)} entries, first {names[0]}'
             )

@@ -15,7 +15,7 @@ except ImportError as error:
         'mmdet_softnms.soft_nms, works without them.'
     ) from error
 try:
-    import mmcv.ops  # noqa: F401
+    import mmcv.ops
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f'mmcv {mmcv.__version__} is installed without its compiled ops ({error}), so no detector can run; build it '

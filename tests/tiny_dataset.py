@@ -50,7 +50,9 @@ def make_project(root: Path, class_agnostic: bool = False) -> Project:
     torch.save({'meta': {}, 'state_dict': model.state_dict()}, root / 'tiny.pth')
 
     model.cfg, model.dataset_meta = coco, dict(classes=CLASSES)
-    objects = {name: _objects(model, str(images / f'{name}.jpg'), size) for name, size in zip(names, SIZES, strict=True)}
+    objects = {
+        name: _objects(model, str(images / f'{name}.jpg'), size) for name, size in zip(names, SIZES, strict=True)
+    }
     _write_coco(root / 'coco.json', objects)
     _write_voc(root / 'VOC2007', objects)
     coco.dump(root / 'tiny_coco.py')
@@ -82,9 +84,7 @@ def _with_data(cfg: Config, root: Path, kind: str) -> Config:
             data_prefix=dict(sub_data_root='VOC2007/'),
         )
         evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='11points')
-    loader = dict(
-        batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
-    )
+    loader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
     train_set = dict(dataset, test_mode=False, filter_cfg=dict(filter_empty_gt=True))
     cfg.train_dataloader = dict(loader, batch_size=2, dataset=train_set)
     cfg.val_dataloader = cfg.test_dataloader = loader

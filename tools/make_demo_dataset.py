@@ -187,7 +187,7 @@ def render(random: np.random.Generator, shapes: list[Shape]) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for _ in range(int(random.integers(4, 12))):  # clutter of no class
         x, y, w, h = (int(value) for value in random.integers(0, SIZE, 4) // (1, 1, 4, 4))
-        colour = tuple(int(value) for value in random.integers(40, 240, 3))
+        colour = _colour(random, 40, 240)
         kind = random.integers(3)
         if kind == 0:
             draw.line((x, y, x + w, y + h), fill=colour, width=int(random.integers(1, 5)))
@@ -198,18 +198,22 @@ def render(random: np.random.Generator, shapes: list[Shape]) -> Image.Image:
     masks = []
     for shape in shapes:
         paint = list(CLASSES.values())[shape.label][0]
-        colour = tuple(int(value) for value in random.integers(30, 255, 3))
-        dark = tuple(int(value) for value in random.integers(0, 70, 3))
+        colour, dark = _colour(random, 30, 255), _colour(random, 0, 70)
         paint(draw, shape.box, colour, dark)
         mask = Image.new('RGB', (SIZE, SIZE))
         paint(ImageDraw.Draw(mask), shape.box, (255, 255, 255), (255, 255, 255))
         masks.append(np.asarray(mask)[..., 0] > 0)
     covered = np.zeros((SIZE, SIZE), bool)
-    for shape, mask in zip(reversed(shapes), reversed(masks), strict=True):
-        shape.visible = float((mask & ~covered).sum() / mask.sum())
-        covered |= mask
+    for shape, drawn in zip(reversed(shapes), reversed(masks), strict=True):
+        shape.visible = float((drawn & ~covered).sum() / drawn.sum())
+        covered |= drawn
     noise = random.normal(0, 9, (SIZE, SIZE, 3))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def _colour(random: np.random.Generator, low: int, high: int) -> Colour:
+    red, green, blue = (int(value) for value in random.integers(low, high, 3))
+    return red, green, blue
 
 
 def make(folder: Path, counts: dict[str, int]) -> dict[str, dict[str, float]]:

@@ -19,7 +19,9 @@ model = dict(
     ),
     neck=dict(in_channels=[32, 64, 128], out_channels=64, num_outs=3),
     rpn_head=dict(
-        in_channels=64, feat_channels=64, anchor_generator=dict(scales=[3, 5], ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32])
+        in_channels=64,
+        feat_channels=64,
+        anchor_generator=dict(scales=[3, 5], ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32]),
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
@@ -30,9 +32,7 @@ model = dict(
         ),
         bbox_head=dict(in_channels=64, fc_out_channels=256, roi_feat_size=5, num_classes=num_classes),
     ),
-    train_cfg=dict(
-        rpn_proposal=dict(nms_pre=400, max_per_img=300), rcnn=dict(sampler=dict(num=96))
-    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=400, max_per_img=300), rcnn=dict(sampler=dict(num=96))),
     test_cfg=dict(rpn=dict(nms_pre=400, max_per_img=200)),
 )
 

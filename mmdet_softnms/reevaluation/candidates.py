@@ -244,7 +244,7 @@ def _distribute_on_cpu(cfg: Config) -> None:
 
 
 def _check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:
-    heads = model.roi_head.bbox_head
+    heads: Any = model.get_submodule('roi_head.bbox_head')
     num_classes = (heads[-1] if isinstance(heads, torch.nn.ModuleList) else heads).num_classes
     classes = runner.test_loop.dataloader.dataset.metainfo.get('classes', ())
     if num_classes != len(classes):

@@ -5,6 +5,7 @@ at the same low ``score_thr`` as the soft rules. The config's own setting is an 
 against the stock ``score_thr`` of 0.05 the low-score tail would be credited to Soft-NMS.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -106,9 +107,7 @@ def default_settings(cfg: Config, score_thr: float, max_per_img: int, min_score:
 
 def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
     """Detections of every image under a setting, by the same function a live model uses."""
-    return [
-        suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images
-    ]
+    return [suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images]
 
 
 def evaluate(
@@ -204,17 +203,15 @@ def reevaluate(
         min(setting.score_thr for setting in settings),
         work_dir=work_dir,
         trust_checkpoint=trust_checkpoint,
-        progress=lambda done, total: progress('forward pass', done, total),
+        progress=functools.partial(progress, 'forward pass'),
     )
     forward_seconds = time.perf_counter() - start
     if not images:
         return None
     rows = []
     for number, setting in enumerate(settings, 1):
-        what = f'evaluation {number}/{len(settings)}: {setting.name}'
-        rows.append(
-            evaluate(images, setting, evaluators, instances, lambda done, total, what=what: progress(what, done, total))
-        )
+        report = functools.partial(progress, f'evaluation {number}/{len(settings)}: {setting.name}')
+        rows.append(evaluate(images, setting, evaluators, instances, report))
     return Reevaluation(
         dataset=f'{type(dataset).__name__} {getattr(dataset, "ann_file", "")}'.strip(),
         num_images=len(images),
@@ -225,9 +222,7 @@ def reevaluate(
     )
 
 
-def _with_ground_truth(
-    image: ImageCandidates, result: InstanceData, instances: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _with_ground_truth(image: ImageCandidates, result: InstanceData, instances: list[dict[str, Any]]) -> dict[str, Any]:
     """What mmdet's evaluators read of a data sample."""
 
     def gather(ignored: bool) -> dict[str, torch.Tensor]:

@@ -32,6 +32,8 @@ class UnroundedCocoMetric(CocoMetric):
         **kwargs: see mmdet's ``CocoMetric``; ``metric`` and ``proposal_nums`` are fixed.
     """
 
+    _coco_api: COCO | None
+
     def __init__(self, ann_file: str | None = None, **kwargs: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             super().__init__(ann_file, metric='bbox', proposal_nums=(1, 10, 100), **kwargs)

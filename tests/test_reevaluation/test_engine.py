@@ -152,7 +152,9 @@ def test_masks_are_left_out_and_said_so(project):
     assert result.masks_left_out and 'Masks are left out' in to_table(result).caption
 
 
-@pytest.mark.parametrize('roi_head', ['GridRoIHead', 'SparseRoIHead', 'mmdet.TridentRoIHead', 'HybridTaskCascadeRoIHead'])
+@pytest.mark.parametrize(
+    'roi_head', ['GridRoIHead', 'SparseRoIHead', 'mmdet.TridentRoIHead', 'HybridTaskCascadeRoIHead']
+)
 def test_heads_that_cannot_be_plugged_are_refused(project, roi_head):
     cfg = Config.fromfile(project.coco_config)
     cfg.model.roi_head.type = roi_head
@@ -165,7 +167,9 @@ def test_one_stage_detectors_are_refused():
         plug(Config(dict(model=dict(type='RetinaNet'))), 0.0)
 
 
-@pytest.mark.parametrize('thresholds', [dict(score_thr=-0.1), dict(score_thr=1.0), dict(max_per_img=0), dict(min_score=2)])
+@pytest.mark.parametrize(
+    'thresholds', [dict(score_thr=-0.1), dict(score_thr=1.0), dict(max_per_img=0), dict(min_score=2)]
+)
 def test_thresholds_out_of_range_are_refused(project, thresholds):
     with pytest.raises(ReevaluationError, match=next(iter(thresholds))):
         reevaluate(Config.fromfile(project.coco_config), project.checkpoint, **thresholds)
