@@ -3,9 +3,10 @@
 # again for each of 78 small files, so they are parsed once, into a precompiled header. mmcv's sources stay as they are.
 #
 # Use as CXX. The header is compiled at the first call with the very flags of that call, since gcc and clang ignore a
-# precompiled header whose flags differ. Environment: REAL_CXX, the compiler (default c++); PCH_DIR, a scratch folder.
+# precompiled header whose flags differ. Where that fails, everything is compiled plainly: slower, nothing else.
+# Environment: REAL_CXX, the compiler (default c++); PCH_DIR, a scratch folder.
 set -euo pipefail
-cxx=${REAL_CXX:-c++}
+cxx=${REAL_CXX:-c++} header=$PCH_DIR/torch.h
 
 flags=() compiles=false skip=false
 for argument in "$@"; do
@@ -17,15 +18,18 @@ for argument in "$@"; do
     *) flags+=("$argument") ;;
   esac
 done
-$compiles || exec "$cxx" "$@"
+$compiles || exec $cxx "$@" # unquoted, here and below: CXX may hold a command with arguments
 
 mkdir -p "$PCH_DIR"
-exec 9>"$PCH_DIR/lock"
-flock 9 # ninja starts several compilers at once; the first one makes the header
-if [ ! -e "$PCH_DIR/torch.h.gch" ]; then
-  echo '#include <torch/types.h>' >"$PCH_DIR/torch.h"
-  "$cxx" "${flags[@]}" -x c++-header "$PCH_DIR/torch.h" -o "$PCH_DIR/making.gch"
-  mv "$PCH_DIR/making.gch" "$PCH_DIR/torch.h.gch"
+if mkdir "$PCH_DIR/lock" 2>/dev/null; then # ninja starts several compilers at once; the first one makes the header
+  echo '#include <torch/types.h>' >"$header"
+  if $cxx "${flags[@]}" -x c++-header "$header" -o "$PCH_DIR/making.gch"; then
+    mv "$PCH_DIR/making.gch" "$header.gch"
+  else
+    echo 'no precompiled header: compiling plainly' >&2
+  fi
+  touch "$PCH_DIR/decided"
 fi
-exec 9>&-
-exec "$cxx" -include "$PCH_DIR/torch.h" "$@"
+until [ -e "$PCH_DIR/decided" ]; do sleep 0.2; done
+[ -e "$header.gch" ] || exec $cxx "$@"
+exec $cxx -Winvalid-pch -include "$header" "$@"

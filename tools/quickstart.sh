@@ -2,16 +2,19 @@
 # From a fresh clone to a table: sets up an environment and re-evaluates the embedded detector. Run it again any time.
 #
 #   bash tools/quickstart.sh [--stack default|official] [--python PATH] [--use-installed-torch] [--setup-only]
+#
+# --stack official: mmdet 3.3.0 and mmcv 2.1.0, in .venv-official, instead of their maintained successors in .venv.
+# --use-installed-torch: the torch (say, with CUDA) of the Python that runs this, instead of torch 2.13.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/setup_env.sh
 take_setup_options "$@"
-setup_env
 case ${REST[*]-} in
-  '') ;;
-  --setup-only) exit ;;
+  '' | --setup-only) ;;
   *) die "unknown option ${REST[*]}; see the head of tools/quickstart.sh" ;;
 esac
+setup_env
+[ -z "${REST[*]-}" ] || exit 0
 
 start=$SECONDS
 say 'Drawing the data set (about 10 s)'
@@ -21,4 +24,4 @@ for variant in demo demo-sparse demo-voc; do
   say "Re-evaluating the embedded Faster R-CNN: ${detector##*/} on $variant (about 25 s)"
   "$VENV/bin/python" tools/reevaluate.py "${detector%demo}$variant.py" "$detector.pth" --work-dir "work_dirs/$variant"
 done
-say "Done: the main job took $((SECONDS - start)) s"
+say "Done: the main job took $((SECONDS - start)) s, everything $SECONDS s"

@@ -8,7 +8,5 @@ cd "$(dirname "$0")/.."
 take_setup_options "$@"
 setup_env
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
-# Small tensors: more threads would only wait for one another, badly so on a busy machine.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say 'Running the tests (about 5 min)'
 exec "$VENV/bin/python" -m pytest ${REST[@]+"${REST[@]}"}

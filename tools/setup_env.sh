@@ -1,30 +1,35 @@
+# shellcheck shell=bash
 # Makes the virtual environment of one stack; sourced by quickstart.sh and run_tests.sh, from the project's root.
 #
 # Every step is timed and leaves a stamp in the environment that carries a hash of what it installed, so that a step is
-# done once and again only when its input changed. Nothing outside the project's folder is written (but pip's cache).
+# done once, and again only when its input changed. Nothing outside the project's folder is written but pip's cache.
 
-STACKS="maintained (default): onedl-mmdetection 3.5.1; official: mmdet 3.3.0"
-STACK=default PYTHON=${PYTHON:-} USE_INSTALLED_TORCH=false
+STACK=default PYTHON='' USE_INSTALLED_TORCH=false
+BUILD_FLAGS='-O2 -g0 -DNDEBUG -w' # optimised as releases are; no debug symbols and no warnings: half of the plain time
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 die() {
   printf '\033[31merror:\033[0m %s\n' "$*" >&2
   exit 1
 }
+hash_of() { cksum | cut -d' ' -f1; }
 
-# take_setup_options ARGS...: takes --stack, --python, --use-installed-torch; leaves the others in REST.
+# take_setup_options ARGS...: takes --stack, --python and --use-installed-torch; leaves the others in REST.
 take_setup_options() {
   REST=()
   while [ $# -gt 0 ]; do
     case $1 in
-      --stack) STACK=${2:-} && shift 2 || die "--stack needs a value: default or official" ;;
-      --python) PYTHON=${2:-} && shift 2 || die "--python needs the path of an interpreter" ;;
+      --stack | --python)
+        [ $# -gt 1 ] || die "$1 needs a value"
+        if [ "$1" = --stack ]; then STACK=$2; else PYTHON=$2; fi
+        shift 2
+        ;;
       --use-installed-torch) USE_INSTALLED_TORCH=true && shift ;;
       *) REST+=("$1") && shift ;;
     esac
   done
   case $STACK in
-    default)
+    default) # maintained
       VENV=.venv
       MMCV=onedl-mmcv==2.3.6
       STACK_PACKAGES=(onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1)
@@ -36,14 +41,14 @@ take_setup_options() {
       STACK_PACKAGES=(mmengine==0.10.7 mmdet==3.3.0)
       BUILD_TOOLS=('setuptools<80' wheel ninja)
       ;;
-    *) die "unknown stack '$STACK'; there are: $STACKS" ;;
+    *) die "unknown stack '$STACK'; there are 'default' (onedl-mmdetection 3.5.1) and 'official' (mmdet 3.3.0)" ;;
   esac
 }
 
-# step NAME EXPECTED HASHED COMMAND...: run a command once for each value of HASHED, its output in setup.log.
+# step NAME EXPECTED HASHED COMMAND...: runs a command once for each value of HASHED, its output in setup.log.
 step() {
   local name=$1 expected=$2 stamp start
-  stamp=$VENV/.stamps/$1-$(printf '%s' "$3" | cksum | cut -d' ' -f1)
+  stamp=$VENV/.stamps/${1// /_}-$(printf '%s' "$3" | hash_of)
   shift 3
   if [ -e "$stamp" ]; then
     echo "  $name: done before" >&2
@@ -52,109 +57,153 @@ step() {
   mkdir -p "$VENV/.stamps"
   start=$SECONDS
   printf '  %s (about %s) ... ' "$name" "$expected" >&2
+  printf '\n== %s\n' "$name" >>"$VENV/setup.log"
   if ! "$@" >>"$VENV/setup.log" 2>&1; then
     echo "failed after $((SECONDS - start)) s" >&2
-    tail -n 15 "$VENV/setup.log" >&2
-    die "step '$name' failed. $(remedy) The whole output is in $VENV/setup.log; run the same command again afterwards."
+    tail -n 12 "$VENV/setup.log" | cut -c 1-200 >&2
+    die "step '$name' failed. $(remedy) The whole output is in $VENV/setup.log; afterwards, run the same command again."
   fi
   touch "$stamp"
   echo "$((SECONDS - start)) s" >&2
 }
 
-# remedy: what the end of the log points to.
+# remedy: what the log of the failed step points to.
 remedy() {
   local log
-  log=$(tail -n 60 "$VENV/setup.log")
+  log=$(awk '/^== / {log = ""} {log = log $0 "\n"} END {printf "%s", log}' "$VENV/setup.log")
   case $log in
-    *"No space left"*) echo "The disk is full: make room (4 GB are needed) and try again." ;;
-    *"Python.h"*) echo "Python's headers are missing: install python3-dev (Debian) or python3-devel (Fedora)." ;;
-    *"libGL.so"*) echo "OpenCV needs libGL: install libgl1 (Debian) or mesa-libGL (Fedora)." ;;
-    *"libgthread"* | *"libglib"*) echo "OpenCV needs GLib: install libglib2.0-0 (Debian) or glib2 (Fedora)." ;;
-    *"Temporary failure in name resolution"* | *"NewConnectionError"* | *"Read timed out"* | *"ConnectTimeout"*)
-      echo "The package index cannot be reached: check the network or pip's proxy settings." ;;
-    *"Killed"* | *"cc1plus"*"memory"*) echo "The compiler ran out of memory: set MAX_JOBS=1." ;;
+    *"No space left"*) echo "The disk is full: make room and try again." ;;
+    *"NewConnectionError"* | *"NameResolutionError"* | *"name resolution"* | *"timed out"* | *"Network is unreachable"*)
+      echo "The package index cannot be reached: check the network, or pip's index and proxy settings." ;;
+    *"No matching distribution found for torch"*)
+      echo "There is no torch for this Python: pass --python with Python 3.10 to 3.13, or --use-installed-torch." ;;
+    *"Python.h: No such file"*) echo "Python's headers are missing: install python3-dev (Fedora: python3-devel)." ;;
+    *"No module named 'torch'"*) echo "$PYTHON has no torch to use: install it there, or leave --use-installed-torch out." ;;
+    *"libGL.so"*) echo "OpenCV needs libGL: install libgl1 (Fedora: mesa-libGL)." ;;
+    *"libgthread"* | *"libglib"*) echo "OpenCV needs GLib: install libglib2.0-0 (Fedora: glib2)." ;;
+    *"Killed"* | *"out of memory"*) echo "The compiler ran out of memory: set MAX_JOBS=1." ;;
+    *"undefined symbol"* | *"no attribute '_ext'"* | *"No module named 'mmcv._ext'"*)
+      echo "mmcv does not fit the installed torch: delete $VENV and try again." ;;
     *) echo "See the lines above." ;;
   esac
 }
 
-# check_machine: what must be there before anything is installed.
-check_machine() {
-  local candidate free
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3.13 python3 python}; do
-    # An interpreter must start, not just be found: version managers leave names that do not.
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
-      PYTHON=$candidate
-      break
-    fi
-    candidate=
-  done
-  [ -n "${candidate:-}" ] || die "no Python 3.10 or newer (tried: ${PYTHON:-python3.10 to python3.13}); install one or pass --python PATH"
-  "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null ||
-    die "$PYTHON has no venv module: install python3-venv (Debian)"
-  command -v "${CXX:-c++}" >/dev/null ||
-    die "no C++ compiler (${CXX:-c++}), and mmcv has to be compiled: install g++ (Debian: build-essential) or set CXX"
-  [ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
-    die "Python's headers (Python.h) are missing for $PYTHON: install python3-dev (Debian) or python3-devel (Fedora)"
-  if ! [ -e "$VENV/.stamps" ]; then
-    free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
-    [ "$free" -ge 4 ] || die "only $free GB free on this disk; 4 GB are needed"
+# version_of PYTHON: major.minor of an interpreter that starts; version managers leave names that do not.
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+old() { case $1 in [012].* | 3.[0-9]) return 0 ;; *) return 1 ;; esac }
+
+# find_python: leaves in PYTHON the interpreter that was asked for, that made the environment, or the first that serves.
+find_python() {
+  local version candidate
+  if $USE_INSTALLED_TORCH && ! [ -e "$VENV/constraints.txt" ]; then
+    rm -rf "$VENV" # made with a torch of its own
   fi
+  if [ -n "$PYTHON" ]; then
+    version=$(version_of "$PYTHON") || die "$PYTHON does not start; --python takes the path of a Python interpreter"
+    ! old "$version" || die "$PYTHON is Python $version; 3.10 or newer is needed"
+    # Another interpreter than the environment's: made anew.
+    local identity='import sys; print(sys.version_info, sys.base_prefix)'
+    if [ -x "$VENV/bin/python" ] && [ "$("$PYTHON" -c "$identity")" != "$("$VENV/bin/python" -c "$identity")" ]; then
+      rm -rf "$VENV"
+    fi
+  elif version=$(version_of "$VENV/bin/python"); then
+    PYTHON=$VENV/bin/python
+  else
+    rm -rf "$VENV" # nothing, or what is left of an environment whose interpreter is gone
+    local candidates='python3.11 python3.12 python3.10 python3.13 python3 python' tried=''
+    ! $USE_INSTALLED_TORCH || candidates='python3 python'
+    for candidate in $candidates; do
+      version=$(version_of "$candidate") || continue
+      if ! old "$version"; then
+        PYTHON=$candidate
+        break
+      fi
+      tried+="; $candidate is $version"
+    done
+    [ -n "$PYTHON" ] || die "no Python 3.10 or newer was found$tried; install one, or pass --python PATH"
+  fi
+  [ "$version" = 3.11 ] || echo "  note: this set-up was tried with Python 3.11, not with $version" >&2
 }
 
-pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --constraint tools/constraints.txt "$@"; }
+# check_machine: what must be there before anything is installed.
+check_machine() {
+  local free
+  "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || die "$PYTHON has no venv module: install python3-venv"
+  command -v "${CXX:-c++}" >/dev/null ||
+    die "no C++ compiler (${CXX:-c++}), and mmcv has to be compiled: install g++, or set CXX to the one you have"
+  [ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+    die "Python's headers (Python.h) are missing for $PYTHON: install python3-dev (Fedora: python3-devel)"
+  free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
+  [ "$free" -ge 4 ] || die "only $free GB are free on this disk, and 4 GB are needed: make room"
+}
 
-make_venv() {
-  if $USE_INSTALLED_TORCH; then
-    "$PYTHON" -m venv --system-site-packages "$VENV"
-    "$VENV/bin/python" -c 'import torch'
-  else
-    "$PYTHON" -m venv "$VENV"
-  fi
+make_venv() { "$PYTHON" -m venv "$VENV"; }
+
+# pip_install ARGS...: with the tested versions; next to a torch of yours, only with torch and numpy as they are.
+pip_install() {
+  local constraints=tools/constraints.txt
+  ! $USE_INSTALLED_TORCH || constraints=$VENV/constraints.txt
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --constraint "$constraints" "$@"
 }
 
 install_torch() {
-  # No range and no plain "torch": that would take the newest build, with gigabytes of CUDA. A torch that is visible
-  # through --use-installed-torch is left alone.
+  # Never a range or a plain "torch": that would take the newest build.
   if $USE_INSTALLED_TORCH; then
-    "$VENV/bin/python" -m pip install "${BUILD_TOOLS[@]}"
+    # A path file rather than --system-site-packages: it also finds the torch of conda or of another environment.
+    "$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' >"$VENV/torch.pth" &&
+      mv "$VENV/torch.pth" "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &&
+      "$VENV/bin/python" -c 'import torch, numpy
+for package in torch, numpy: print(package.__name__ + "==" + package.__version__)' >"$VENV/constraints.txt" &&
+      pip_install "${BUILD_TOOLS[@]}"
   else
     pip_install torch==2.13.0 numpy "${BUILD_TOOLS[@]}"
   fi
 }
 
-build_mmcv() {
-  # Without build isolation, or mmcv is built without torch and its ops are left out in silence. Optimisation as in
-  # release builds; no debug symbols, which nobody reads and which take half of the time.
-  local scratch
+build_mmcv() (
+  # Without build isolation, or mmcv is built without torch and its ops are left out in silence; not from pip's cache,
+  # where a build of just that kind may lie.
   scratch=$(mktemp -d)
-  PATH=$PWD/$VENV/bin:$PATH REAL_CXX=${CXX:-c++} CXX=$PWD/tools/cxx_with_pch.sh PCH_DIR=$scratch/pch \
-    CFLAGS='-O2 -g0 -w' MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
-    "$VENV/bin/python" -m pip install --no-build-isolation --no-deps "$MMCV"
-  local status=$?
-  rm -rf "$scratch"
-  return $status
+  trap 'rm -rf "$scratch"' EXIT
+  export PATH=$PWD/$VENV/bin:$PATH PCH_DIR=$scratch/pch REAL_CXX=${CXX:-c++}
+  export CXX=$PWD/tools/cxx_with_pch.sh CFLAGS=$BUILD_FLAGS MMCV_WITH_OPS=1
+  export MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
+  "$VENV/bin/python" -m pip install --verbose --disable-pip-version-check --no-cache-dir --no-build-isolation \
+    --no-deps "$MMCV"
+)
+
+install_packages() {
+  pip_install "${STACK_PACKAGES[@]}" "$MMCV" "${BUILD_TOOLS[@]}" --editable '.[test,bench,lint]' || return
+  # mmcv asks for the OpenCV with windows, which needs libGL; a server without it gets the one without windows instead.
+  "$VENV/bin/python" -c 'import cv2' ||
+    pip_install --force-reinstall --no-deps opencv-python-headless
 }
 
-install_rest() {
-  if $USE_INSTALLED_TORCH; then
-    "$VENV/bin/python" -m pip install "${STACK_PACKAGES[@]}" "$MMCV" --editable '.[test,bench,lint]'
-  else
-    pip_install "${STACK_PACKAGES[@]}" "$MMCV" torch==2.13.0 "${BUILD_TOOLS[@]}" --editable '.[test,bench,lint]'
-  fi
+# The ops are called, not only imported: built against another torch, they fail here and not in the middle of a job.
+check_install() {
+  "$VENV/bin/python" -c '
+import mmdet, mmdet_softnms.registry, torch
+from mmcv.ops import nms
+assert nms(torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]]), torch.tensor([0.9, 0.8]), 0.5)[1].tolist() == [0]'
 }
-
-check_install() { "$VENV/bin/python" -c 'import cv2, mmcv.ops, mmdet, mmdet_softnms.registry'; }
 
 # setup_env: everything, once.
 setup_env() {
-  local start=$SECONDS pins
-  pins=$STACK-$USE_INSTALLED_TORCH-$(cat tools/constraints.txt tools/setup_env.sh | cksum | cut -d' ' -f1)
+  local start=$SECONDS tested packages
   say "Setting up $VENV ($STACK stack)"
-  check_machine
-  step venv '5 s' "$USE_INSTALLED_TORCH" make_venv
-  step torch '1 min' "$pins" install_torch
-  step "mmcv's ops" '3 min' "$MMCV $USE_INSTALLED_TORCH" build_mmcv
-  step packages '1 min' "$pins-$(cksum <pyproject.toml)" install_rest
-  step check '15 s' "$pins" check_install
+  find_python
+  [ ! -e "$VENV/constraints.txt" ] || USE_INSTALLED_TORCH=true # as this environment was made
+  # The versions that count for each step; the project's own path, since its editable install holds it.
+  tested="$(grep -E '^(torch|numpy)==' tools/constraints.txt) ${BUILD_TOOLS[*]} $USE_INSTALLED_TORCH"
+  packages="$tested ${STACK_PACKAGES[*]} $(cat tools/constraints.txt pyproject.toml | hash_of) $PWD"
+  [ -e "$VENV/.stamps/environment-$(printf '%s' "$USE_INSTALLED_TORCH" | hash_of)" ] || check_machine
+  step environment '5 s' "$USE_INSTALLED_TORCH" make_venv
+  if ! $USE_INSTALLED_TORCH && [ "$(uname)" = Linux ] && ! compgen -G "$VENV/.stamps/torch-*" >/dev/null; then
+    echo '  torch: pip takes the CPU build where PIP_FIND_LINKS or its index offers it, else one with CUDA, of several GB' >&2
+  fi
+  step torch '30 s, plus the download' "$tested" install_torch
+  step "mmcv's ops" '2 min on 2 cores' "$MMCV $tested $BUILD_FLAGS" build_mmcv
+  step packages '1 min, plus the download' "$packages" install_packages
+  step check '15 s' "$packages $MMCV" check_install
   echo "  environment ready after $((SECONDS - start)) s" >&2
 }
