@@ -169,7 +169,7 @@ build_mmcv() (
   export CXX=$PWD/tools/cxx_with_pch.sh CFLAGS=$BUILD_FLAGS MMCV_WITH_OPS=1
   export MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
   "$VENV/bin/python" -m pip install --verbose --disable-pip-version-check --no-cache-dir --no-build-isolation \
-    --no-deps "$MMCV"
+    --force-reinstall --no-deps "$MMCV"
 )
 
 install_packages() {
