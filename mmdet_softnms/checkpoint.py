@@ -29,7 +29,7 @@ def forbid_unsafe_loading() -> None:
 
 
 def allow_unsafe_loading() -> None:
-    """For scripts, on the user's explicit word: every ``torch.load`` of this process unpickles whatever a file holds."""
+    """For scripts, on the user's explicit word: ``torch.load`` of this process unpickles whatever a file holds."""
     os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] = '1'
 
 
@@ -52,7 +52,7 @@ def allow_zoo_types() -> None:
 
 
 def _statistic(owner: type, name: str) -> Any:
-    """What a pickled HistoryBuffer means by ``getattr``: one of its own statistics. Stands in for it, and is no more."""
+    """Stands in for the ``getattr`` of a pickled HistoryBuffer, which only ever means one of its own statistics."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current', 'statistics'):
         raise pickle.UnpicklingError(f'Unsupported: getattr({owner!r}, {name!r})')
     return getattr(owner, name)

@@ -30,10 +30,7 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> InstanceDa
             'of one image'
         )
     roi, label = (scores[:, :-1] > score_thr).nonzero(as_tuple=True)
-    if boxes.shape[1] == 4:
-        chosen = boxes[roi]
-    else:
-        chosen = boxes.view(num_rois, num_classes, 4)[roi, label]
+    chosen = boxes[roi] if boxes.shape[1] == 4 else boxes.view(num_rois, num_classes, 4)[roi, label]
     return InstanceData(bboxes=chosen, scores=scores[roi, label], labels=label)
 
 

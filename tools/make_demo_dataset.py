@@ -134,7 +134,7 @@ def iou_matrix(boxes: np.ndarray) -> np.ndarray:
 
 
 def overlap_shares(scenes: list[list[Shape]], thresholds: tuple[float, ...] = (0.3, 0.5, 0.7)) -> dict[str, float]:
-    """Share of objects whose IoU with another object of their class in their image exceeds each threshold, in [0, 1]."""
+    """Share, in [0, 1], of objects whose IoU with another of their class in their image exceeds each threshold."""
     highest: list[float] = []
     for scene in scenes:
         boxes = np.array([shape.box for shape in scene], float).reshape(-1, 4)
