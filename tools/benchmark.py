@@ -387,6 +387,8 @@ def run_op(arguments: argparse.Namespace) -> None:
                     progress.update(task, description=f'{len(candidates.scores):,} x {candidates.kind}, {rule}')
                     rows.append(measure(candidates, rule, max_num, arguments.seconds))
                     progress.advance(task)
+                    if not console.is_terminal:  # no bar to watch there
+                        print(' | '.join(cells(rows[-1])), flush=True)
     about['load_at_end'] = round(os.getloadavg()[0], 2)
     show(rows, about, console if console.is_terminal else Console(width=200))
     if arguments.out:
