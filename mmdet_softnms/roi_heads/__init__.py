@@ -1,5 +1,6 @@
-"""RoI heads whose suppression is a registered rule."""
+"""RoI heads whose suppression is a registered rule, and R-FCN."""
 
+from mmdet_softnms.roi_heads.rfcn import RFCNBBoxHead, RFCNRoIHead, RFCNRPNHead
 from mmdet_softnms.roi_heads.soft_nms_roi_heads import (
     SoftNMSCascadeRoIHead,
     SoftNMSDoubleHeadRoIHead,
@@ -7,4 +8,12 @@ from mmdet_softnms.roi_heads.soft_nms_roi_heads import (
     SoftNMSRoIHead,
 )
 
-__all__ = ['SoftNMSCascadeRoIHead', 'SoftNMSDoubleHeadRoIHead', 'SoftNMSMixin', 'SoftNMSRoIHead']
+__all__ = [
+    'RFCNBBoxHead',
+    'RFCNRPNHead',
+    'RFCNRoIHead',
+    'SoftNMSCascadeRoIHead',
+    'SoftNMSDoubleHeadRoIHead',
+    'SoftNMSMixin',
+    'SoftNMSRoIHead',
+]
