@@ -86,12 +86,7 @@ def ps_roi_pool(
         if offsets is None:
             offsets = boxes.new_zeros(len(rois), 2, output_size, output_size)
         offsets = offsets.to(dtype) * trans_std
-        pooled = grouped.new_zeros(len(rois), out_channels, output_size, output_size)
-        pooled = pooled + grouped.flatten()[:0].sum()  # part of the graph without any RoI, too, as DDP wants it
-        for n, mine in _by_image(image, images):
-            of_image = _mean_of_samples(grouped[n], boxes[mine], offsets[mine], spatial_scale, kind)
-            pooled = pooled.index_copy(0, mine, of_image)
-        return pooled.to(maps.dtype)
+        return _mean_of_samples(grouped, image, boxes, offsets, spatial_scale, kind).to(maps.dtype)
 
 
 def _check(
@@ -237,25 +232,36 @@ def _corners(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[tu
     return tuple((first + y) * (width + 1) + x for y, x in corners), area
 
 
-def _mean_of_samples(maps: Tensor, boxes: Tensor, offsets: Tensor, spatial_scale: float, kind: str) -> Tensor:
-    """``maps`` (C, P, P, H, W), ``boxes`` (R, 4), ``offsets`` (R, 2 * G, P, P) in RoI sizes -> (R, C, P, P)."""
-    bins = maps.shape[1]
+def _mean_of_samples(
+    maps: Tensor, image: Tensor, boxes: Tensor, offsets: Tensor, spatial_scale: float, kind: str
+) -> Tensor:
+    """``maps`` (N, C, P, P, H, W), ``image`` (R,), ``boxes`` (R, 4), ``offsets`` (R, 2 * G, P, P) in RoI sizes.
+
+    Returns (R, C, P, P).
+    """
+    bins = maps.shape[2]
+    by_image = list(_by_image(image, len(maps)))
 
     def one_bin(of_bin: Tensor, along_x: Tensor, along_y: Tensor, i: int, j: int) -> Tensor:
-        """``of_bin`` (C, H, W), ``along_x`` and ``along_y`` (R, G) -> (R, C)."""
+        """``of_bin`` (N, C, H, W), ``along_x`` and ``along_y`` (R, G) -> (R, C)."""
         groups = along_x.shape[1]
-        height, width = of_bin.shape[1:]
+        height, width = of_bin.shape[2:]
         wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind)
         wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind)
-        grouped = of_bin.reshape(groups, -1, height, width).transpose(1, 2)  # (G, H, C / G, W)
-        over_rows = torch.bmm(wy.transpose(0, 1), grouped.flatten(2)).view(groups, len(boxes), -1, width)
-        return (over_rows * wx.transpose(0, 1)[:, :, None]).sum(-1).permute(1, 0, 2).flatten(1)
+        # Part of the graph without any RoI, too, as DDP wants it.
+        pooled = of_bin.new_zeros(len(boxes), of_bin.shape[1]) + of_bin.flatten()[:0].sum()
+        for n, mine in by_image:
+            grouped = of_bin[n].reshape(groups, -1, height, width).transpose(1, 2)  # (G, H, C / G, W)
+            over_rows = torch.bmm(wy[mine].transpose(0, 1), grouped.flatten(2)).view(groups, len(mine), -1, width)
+            mean = (over_rows * wx[mine].transpose(0, 1)[:, :, None]).sum(-1)  # (G, R of this image, C / G)
+            pooled = pooled.index_copy(0, mine, mean.permute(1, 0, 2).flatten(1))
+        return pooled
 
     pooled = []
     for i in range(bins):
         for j in range(bins):
-            arguments = (maps[:, i, j], offsets[:, 0::2, i, j], offsets[:, 1::2, i, j], i, j)
-            # Keeps the sum over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
+            arguments = (maps[:, :, i, j], offsets[:, 0::2, i, j], offsets[:, 1::2, i, j], i, j)
+            # Keeps the sums over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
             pooled.append(checkpoint(one_bin, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(pooled, dim=-1).unflatten(-1, (bins, bins))
 
@@ -272,8 +278,8 @@ def _sample_weights(
         step = (end * spatial_scale - first) / bins
         places = torch.stack([first + (index + at) * step for at in (0.25, 0.75)], dim=-1)[:, None]  # (R, 1, S)
         # The original's margins, which keep floor and ceil inside; on maps below 3 pixels they cross.
-        places = places.clamp(min=0.001).clamp(max=size - 1.001)
-        inside = torch.ones_like(places)
+        places = places.clamp(min=0.001).clamp(0, size - 1.001 if size > 1 else 0)
+        inside = torch.ones_like(places, dtype=torch.bool)
     else:
         first = _round(start) * spatial_scale - 0.5
         extent = ((_round(end) + 1) * spatial_scale - 0.5 - first).clamp(min=0.1)
@@ -281,8 +287,8 @@ def _sample_weights(
         corner = (index * step + first)[:, None] + offset * extent[:, None]  # (R, G)
         samples = torch.arange(4, device=start.device) * (step / 4)[:, None]
         places = corner[..., None] + samples[:, None]  # (R, G, S)
-        inside = ((places >= -0.5) & (places <= size - 0.5)).to(places.dtype)
-    places = places.clamp(0, size - 1)
+        inside = (places >= -0.5) & (places <= size - 0.5)
+        places = places.clamp(0, size - 1).where(inside, -1)  # no pixel is that near
     pixels = torch.arange(size, device=start.device)
-    hats = (1 - (places[..., None] - pixels).abs()).clamp(min=0) * inside[..., None]
+    hats = (1 - (places[..., None] - pixels).abs()).relu()
     return hats.sum(dim=-2) / inside.sum(dim=-1, keepdim=True).clamp(min=1)
