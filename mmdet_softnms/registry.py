@@ -26,13 +26,13 @@ MODELS = Registry(
     'model',
     parent=mmdet.registry.MODELS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.roi_heads'],
+    locations=['mmdet_softnms.roi_heads', 'mmdet_softnms.caffe'],
 )
 TASK_UTILS = Registry(
     'task util',
     parent=mmdet.registry.TASK_UTILS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.rules'],
+    locations=['mmdet_softnms.rules', 'mmdet_softnms.caffe'],
 )
 METRICS = Registry(
     'metric',

@@ -172,7 +172,8 @@ class RFCNBBoxHead(BBoxHead):
     ) -> Tensor:
         """Indices of the ``ohem`` RoIs of largest total loss in each image; arguments as for mmdet's ``loss``."""
         total = self.loss_cls(cls_score, labels, label_weights, reduction_override='none')
-        total = total + self.loss_bbox(bbox_pred, bbox_targets, bbox_weights, reduction_override='none').sum(dim=1)
+        if bool(bbox_weights.any()):  # mmdet's losses of nothing are scalars
+            total = total + self.loss_bbox(bbox_pred, bbox_targets, bbox_weights, reduction_override='none').sum(dim=1)
         hardest = []
         for image in rois[:, 0].unique():
             mine = (rois[:, 0] == image).nonzero().flatten()

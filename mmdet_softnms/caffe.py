@@ -1,0 +1,74 @@
+"""Conventions of the Caffe detectors (py-faster-rcnn, R-FCN) that their published weights rely on.
+
+Boxes there hold their last pixel: ``[x1, y1, x2, y2]`` is ``x2 - x1 + 1`` wide. mmdet's boxes end at an edge. The three
+parts below let a model with such weights compute what it computed in Caffe; for models trained here they are only worth
+having where numbers are to be compared.
+"""
+
+from typing import Any
+
+import torch
+from mmdet.models.backbones import ResNet
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+from mmdet.models.task_modules.prior_generators import AnchorGenerator
+from mmdet.structures.bbox import get_box_tensor
+from torch import Tensor, nn
+
+from mmdet_softnms.registry import MODELS, TASK_UTILS
+
+
+@MODELS.register_module()
+class CaffeResNet(ResNet):
+    """mmdet's ``ResNet`` with the first pooling of the original ResNets: not padded, rounded up.
+
+    The map has the same size for even inputs, but each window begins one pixel further to the lower right. Use it with
+    ``style='caffe'``.
+    """
+
+    def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
+        super()._make_stem_layer(in_channels, stem_channels)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+
+
+@TASK_UTILS.register_module()
+class CaffeAnchorGenerator(AnchorGenerator):
+    """The anchors of py-faster-rcnn's ``generate_anchors.py``: sizes rounded for each ratio, last pixel included."""
+
+    def gen_single_level_base_anchors(
+        self, base_size: float, scales: Tensor, ratios: Tensor, center: tuple[float, float] | None = None
+    ) -> Tensor:
+        """Anchors (A, 4) of the cell at the origin, ratios outside, scales inside; Tensor arguments are 1-D."""
+        x_center, y_center = center or (0.5 * (base_size - 1), 0.5 * (base_size - 1))
+        area = torch.tensor(float(base_size), dtype=torch.float64) ** 2
+        widths = (area / ratios.double()).sqrt().round()  # to even for halves, as numpy's
+        heights = (widths * ratios).round()
+        widths = (widths[:, None] * scales).flatten()
+        heights = (heights[:, None] * scales).flatten()
+        x, y = 0.5 * (widths - 1), 0.5 * (heights - 1)
+        return torch.stack([x_center - x, y_center - y, x_center + x, y_center + y], dim=-1).float()
+
+
+@TASK_UTILS.register_module()
+class CaffeDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
+    """``bbox_transform.py`` of py-faster-rcnn: ``DeltaXYWHBBoxCoder`` for boxes that hold their last pixel.
+
+    Their widths are one larger; decoded boxes end half a width right of the centre, not a pixel less, and are clipped
+    to the last pixel, both as in Caffe.
+    """
+
+    def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
+        """Deltas (N, 4) from ``bboxes`` to ``gt_bboxes``, both (N, 4) xyxy."""
+        return super().encode(_with_last_pixel(bboxes), _with_last_pixel(gt_bboxes))
+
+    def decode(
+        self, bboxes: Tensor, pred_bboxes: Tensor, max_shape: Any = None, wh_ratio_clip: float | None = 16 / 1000
+    ) -> Tensor:
+        """Boxes of the shape of ``pred_bboxes``; ``max_shape``: (height, width) of the image, to clip to."""
+        inner = None if max_shape is None else tuple(size - 1 for size in max_shape[:2])
+        return super().decode(_with_last_pixel(bboxes), pred_bboxes, inner, wh_ratio_clip)
+
+
+def _with_last_pixel(bboxes: Tensor) -> Tensor:
+    """``xyxy`` to the edge behind the last pixel."""
+    bboxes = get_box_tensor(bboxes)
+    return bboxes + bboxes.new_tensor([0, 0, 1, 1])
