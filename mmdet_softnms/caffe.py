@@ -1,6 +1,6 @@
 """Conventions of the Caffe detectors (py-faster-rcnn, R-FCN) that their published weights rely on.
 
-Boxes there hold their last pixel: ``[x1, y1, x2, y2]`` is ``x2 - x1 + 1`` wide. mmdet's boxes end at an edge. The three
+Boxes there hold their last pixel: ``[x1, y1, x2, y2]`` is ``x2 - x1 + 1`` wide. mmdet's boxes end at an edge. The
 parts below let a model with such weights compute what it computed in Caffe; for models trained here they are only worth
 having where numbers are to be compared.
 """
@@ -8,10 +8,12 @@ having where numbers are to be compared.
 from typing import Any
 
 import torch
+from mmcv.cnn import VGG
 from mmdet.models.backbones import ResNet
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import AnchorGenerator
 from mmdet.structures.bbox import get_box_tensor
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmdet_softnms.registry import MODELS, TASK_UTILS
@@ -28,6 +30,29 @@ class CaffeResNet(ResNet):
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         super()._make_stem_layer(in_channels, stem_channels)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+
+
+@MODELS.register_module()
+class CaffeVGG(VGG, BaseModule):
+    """VGG up to conv5_3, stride 16, poolings rounded up as in Caffe; mmcv's layers and names.
+
+    Args:
+        depth: 11, 13, 16 or 19.
+        frozen_stages: so many stages are not trained; py-faster-rcnn froze conv1 and conv2.
+        init_cfg: as for every module of mmengine.
+    """
+
+    def __init__(self, depth: int = 16, frozen_stages: int = 2, init_cfg: dict[str, Any] | None = None) -> None:
+        super().__init__(depth, with_last_pool=False, ceil_mode=True, out_indices=(4,), frozen_stages=frozen_stages)
+        self.init_cfg = init_cfg
+
+    def init_weights(self, pretrained: None = None) -> None:
+        """By ``init_cfg``, not by mmcv's own ``VGG.init_weights``."""
+        BaseModule.init_weights(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """``x``: images (N, 3, H, W). Returns one map (N, 512, H / 16, W / 16)."""
+        return (super().forward(x),)
 
 
 @TASK_UTILS.register_module()

@@ -9,11 +9,11 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(ROOT.glob('configs/*/*.py'))
+CONFIGS = sorted(path for path in ROOT.glob('configs/*/*.py') if path.parent.name != '_base_')
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 8
+    assert len(CONFIGS) >= 30
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -25,10 +25,9 @@ def test_config_is_built_dumped_and_reloaded(path, tmp_path):
     assert again.to_dict() == cfg.to_dict()
     model = MODELS.build(again.model)
     if 'soft-nms' in path.stem:
-        assert type(model.roi_head).__name__ == 'SoftNMSRoIHead'
         rule = model.roi_head._rule
         assert rule.params['method'] == ('linear' if 'linear' in path.stem else 'gaussian')
-        assert (rule.params['min_score'], again.model.test_cfg.rcnn.score_thr) == (1e-3, 1e-3)
+        assert rule.params['min_score'] == 1e-3 >= again.model.test_cfg.rcnn.score_thr
 
 
 def test_a_config_is_a_swap_over_mmdets_own():
