@@ -19,9 +19,10 @@ setup_env
 start=$SECONDS
 say 'Drawing the data set (about 10 s)'
 "$VENV/bin/python" tools/make_demo_dataset.py
-detector=configs/demo/faster-rcnn_r18-w16_fpn_demo
-for variant in demo demo-sparse demo-voc; do
-  say "Re-evaluating the embedded Faster R-CNN: ${detector##*/} on $variant (about 25 s)"
-  "$VENV/bin/python" tools/reevaluate.py "${detector%demo}$variant.py" "$detector.pth" --work-dir "work_dirs/$variant"
+demo=configs/demo
+for run in faster-rcnn_r18-w16_fpn_demo faster-rcnn_r18-w16_fpn_demo-sparse faster-rcnn_r18-w16_fpn_demo-voc \
+  rfcn_r18-w16_demo rfcn_r18-w16_demo-voc; do
+  say "Re-evaluating the embedded detector: $run (about 20 s)"
+  "$VENV/bin/python" tools/reevaluate.py "$demo/$run.py" "$demo/${run%demo*}demo.pth" --work-dir "work_dirs/$run"
 done
 say "Done: the main job took $((SECONDS - start)) s, everything $SECONDS s"
