@@ -11,6 +11,9 @@ on the same candidates, in one run, in turns. The candidates are drawn, but shap
   where it is lower: nothing is dropped before it has met another box.
 * "1 dense" is one class of that many proposals round the 20 objects; "1 spread" is one class of small boxes all over
   the image, few of which overlap: nearly all survive, which is the most work there is for anyone.
+
+``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against its definition in plain PyTorch and,
+where torchvision is installed, against its operator.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +38,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
 
 from mmdet_softnms import soft_nms
+from mmdet_softnms.layers import KINDS, ps_roi_pool
+from mmdet_softnms.layers.ps_roi_pool import _caffe_edges, _torchvision_edges
 from mmdet_softnms.ops import _reference, _soft_nms
 
 WIDTH, HEIGHT = 1333, 800
@@ -165,21 +171,17 @@ def in_common(keep: Tensor, other: Tensor) -> float:
     return len(set(keep.tolist()) & set(other.tolist())) / max(len(keep), len(other), 1)
 
 
-def measure(candidates: Candidates, rule: str, max_num: int, seconds: float) -> dict[str, Any]:
-    """One row: median milliseconds of each peer, called in turns, so that a busy moment hits all of them alike."""
-    timed = calls(candidates, rule, max_num)
+def in_turns(timed: dict[str, Callable[[], Any]], seconds: float) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each call, and the result of its first, which warms up and is the only one of a slow peer."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     results = {}
     once = set()
-    for name, call in timed.items():  # the first call warms up, and is the only one of a slow peer
+    for name, call in timed.items():
         start = time.perf_counter()
         results[name] = call()
         if (elapsed := time.perf_counter() - start) > SLOW:
             once.add(name)
             times[name].append(elapsed)
-    keep, scores = results[OURS]
-    check(candidates, rule, max_num, keep, scores)
-
     begin, rounds = time.perf_counter(), 0
     while rounds < FEWEST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - begin < seconds):
         for name, call in timed.items():
@@ -188,6 +190,14 @@ def measure(candidates: Candidates, rule: str, max_num: int, seconds: float) -> 
                 call()
                 times[name].append(time.perf_counter() - start)
         rounds += 1
+    return times, results
+
+
+def measure(candidates: Candidates, rule: str, max_num: int, seconds: float) -> dict[str, Any]:
+    """One row: median milliseconds of each peer, called in turns, so that a busy moment hits all of them alike."""
+    times, results = in_turns(calls(candidates, rule, max_num), seconds)
+    keep, scores = results[OURS]
+    check(candidates, rule, max_num, keep, scores)
     kept = {name: len(result[0] if name in (OURS, ENSEMBLE) else result) for name, result in results.items()}
     return {
         'candidates': len(candidates.scores),
@@ -338,6 +348,94 @@ def write(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# --- position-sensitive RoI pooling -----------------------------------------------------------------------------------
+
+
+class NaivePool(torch.autograd.Function):
+    """The definition as a loop: a slice for each RoI and bin, all channels at once, and its gradient the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, rois: Tensor, kind: str) -> Tensor:
+        edges = _caffe_edges if kind == 'caffe' else _torchvision_edges
+        columns = edges(rois[:, 1], rois[:, 3], 7, 1 / 16, maps.shape[3]).tolist()
+        rows = edges(rois[:, 2], rois[:, 4], 7, 1 / 16, maps.shape[2]).tolist()
+        ctx.bins = [
+            (r, image, i, j, top, bottom, left, right)
+            for r, image in enumerate(rois[:, 0].int().tolist())
+            for i, (top, bottom) in enumerate(rows[r])
+            for j, (left, right) in enumerate(columns[r])
+            if bottom > top and right > left
+        ]
+        ctx.shape = maps.shape
+        grouped = maps.unflatten(1, (-1, 7, 7))
+        pooled = maps.new_zeros(len(rois), grouped.shape[1], 7, 7)
+        for r, image, i, j, top, bottom, left, right in ctx.bins:
+            pooled[r, :, i, j] = grouped[image, :, i, j, top:bottom, left:right].mean((1, 2))
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        to_maps = grads[0].new_zeros(ctx.shape)
+        grouped = to_maps.unflatten(1, (-1, 7, 7))
+        for r, image, i, j, top, bottom, left, right in ctx.bins:
+            share = grads[0][r, :, i, j] / ((bottom - top) * (right - left))
+            grouped[image, :, i, j, top:bottom, left:right] += share[:, None, None]
+        return to_maps, None, None
+
+
+def naive_pool(maps: Tensor, rois: Tensor, kind: str) -> Tensor:
+    return NaivePool.apply(maps, rois, kind)
+
+
+def forward_and_backward(pool: Callable[[], Tensor], maps: Tensor) -> Tensor:
+    maps.grad = None
+    pooled = pool()
+    pooled.sum().backward()
+    return pooled.detach()
+
+
+def run_pool(arguments: argparse.Namespace) -> None:
+    try:
+        from torchvision.ops import ps_roi_pool as torchvision_pool
+    except ImportError:
+        torchvision_pool = None
+    torch.manual_seed(0)
+    maps = torch.randn(1, 21 * 49, 38, 63, requires_grad=True)
+    centres, sizes = torch.rand(300, 2) * torch.tensor([1000.0, 600.0]), torch.rand(300, 2) * 300 + 16
+    rois = torch.cat([torch.zeros(300, 1), centres - sizes / 2, centres + sizes / 2], dim=1)
+    table = Table('kind', 'pass', 'ours, ms', 'naive, ms', 'ratio', 'torchvision, ms', 'ratio')
+    for kind in KINDS:
+        pools: dict[str, Callable[[], Tensor]] = {OURS: partial(ps_roi_pool, maps, rois, kind=kind)}
+        if kind in ('caffe', 'torchvision'):
+            pools['naive'] = partial(naive_pool, maps, rois, kind)
+        if kind == 'torchvision' and torchvision_pool is not None:
+            pools['torchvision'] = partial(torchvision_pool, maps, rois, 7, 1 / 16)
+        both: dict[str, Callable[[], Tensor]] = {
+            key: partial(forward_and_backward, each, maps) for key, each in pools.items()
+        }
+        for name, timed in (('forward', pools), ('forward and backward', both)):
+            times, results = in_turns(timed, arguments.seconds)
+            for other in results.values():
+                torch.testing.assert_close(other, results[OURS], rtol=1e-4, atol=1e-5)
+            medians = {key: 1e3 * statistics.median(values) for key, values in times.items()}
+            peers = [
+                text
+                for peer in ('naive', 'torchvision')
+                for text in (
+                    (f'{medians[peer]:.1f}', f'{medians[peer] / medians[OURS]:.2g}x') if peer in medians else ('', '')
+                )
+            ]
+            table.add_row(kind, name, f'{medians[OURS]:.1f}', *peers)
+    about = machine()
+    table.caption = 'VOC: 21 x 7 x 7 maps of 38 x 63, 300 RoIs, one image; ' + ', '.join(
+        f'{key} {about[key]}' for key in ('cpu', 'torch_threads', 'load_at_start', 'torch')
+    )
+    if torchvision_pool is None:
+        table.caption += '; torchvision is not installed'
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +511,9 @@ def parser() -> argparse.ArgumentParser:
     op.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
     op.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_op.md and benchmark_op.json there')
     op.set_defaults(run=run_op)
+    pool = commands.add_parser('pool', help='position-sensitive RoI pooling against the naive form and torchvision')
+    pool.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
+    pool.set_defaults(run=run_pool)
     return result
 
 

@@ -120,3 +120,15 @@ def test_output_folder_that_cannot_be_is_one_clear_line(benchmark: ModuleType, t
     (tmp_path / 'file').touch()
     with pytest.raises(SystemExit, match=r'--out .*file: File exists'):
         benchmark.main([*SMALL, '--out', str(tmp_path / 'file')])
+
+
+def test_pooling_equals_its_naive_form_and_is_shown(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, 'FEWEST_ROUNDS', 1)
+    benchmark.main(['pool', '--seconds', '0'])
+    out = capsys.readouterr().out
+    assert all(out.count(kind) >= 2 for kind in benchmark.KINDS) and 'naive' in out
+    monkeypatch.setattr(benchmark, 'naive_pool', lambda maps, rois, kind: maps.new_zeros(300, 21, 7, 7) + maps.mean())
+    with pytest.raises(AssertionError):  # it compares before it reports
+        benchmark.main(['pool', '--seconds', '0'])
