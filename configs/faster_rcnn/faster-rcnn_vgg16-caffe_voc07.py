@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/faster-rcnn_vgg16-caffe.py',
     'mmdet::_base_/datasets/voc0712.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/caffe_schedule.py',
 ]
 
 train_dataloader = dict(
@@ -19,18 +19,11 @@ train_dataloader = dict(
 )
 
 # py-faster-rcnn's schedule (2 images a step, lr 0.001, 70,000 steps, drop at 50,000) times 8: 8 GPUs, two images each.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=8750, val_interval=1750)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.008, momentum=0.9, weight_decay=5e-4),
-    paramwise_cfg=dict(bias_lr_mult=2.0, bias_decay_mult=0.0),
-)
+train_cfg = dict(max_iters=8750, val_interval=1750)
+optim_wrapper = dict(optimizer=dict(lr=0.008))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=False, milestones=[6250], gamma=0.1),
 ]
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=1750, max_keep_ckpts=2))
-log_processor = dict(by_epoch=False)
+default_hooks = dict(checkpoint=dict(interval=1750))
 auto_scale_lr = dict(enable=False, base_batch_size=16)

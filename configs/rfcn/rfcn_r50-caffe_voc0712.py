@@ -3,24 +3,17 @@
 _base_ = [
     '../_base_/rfcn_r50-caffe.py',
     'mmdet::_base_/datasets/voc0712.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/caffe_schedule.py',
 ]
 
 train_dataloader = dict(batch_size=1)
 
 # The Soft-NMS authors' schedule: 8 GPUs with one image each. For another number of GPUs, --auto-scale-lr.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=30000, val_interval=10000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.004, momentum=0.9, weight_decay=5e-4),
-    paramwise_cfg=dict(bias_lr_mult=2.0, bias_decay_mult=0.0),
-)
+train_cfg = dict(max_iters=30000, val_interval=10000)
+optim_wrapper = dict(optimizer=dict(lr=0.004))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=False, milestones=[20000], gamma=0.1),
 ]
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=10000, max_keep_ckpts=2))
-log_processor = dict(by_epoch=False)
+default_hooks = dict(checkpoint=dict(interval=10000))
 auto_scale_lr = dict(enable=False, base_batch_size=8)
