@@ -1,13 +1,14 @@
 """Tiny, randomly initialised detectors of mmdet's own architectures, for tests that need a model but no accuracy."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.structures import InstanceData
 from torch import nn
@@ -44,6 +45,36 @@ def tiny_config(base: str, num_classes: int = 5, score_thr: float = 0.01) -> Con
     return cfg
 
 
+def tiny_rfcn_model(pooling: str = 'caffe', ohem: int | None = 24) -> ConfigDict:
+    """The authors' R-FCN with a narrow ResNet-18, 3 bins, 5 classes, and stride 8 for small images."""
+    model = Config.fromfile(Path(__file__).parents[1] / 'configs/_base_/rfcn_r50-caffe.py').model
+    model.backbone.update(
+        depth=18,
+        base_channels=WIDTH,
+        init_cfg=None,
+        frozen_stages=-1,
+        strides=(1, 2, 1, 1),
+        norm_cfg=dict(type='BN', requires_grad=True),
+        norm_eval=False,
+        zero_init_residual=False,
+    )
+    model.rpn_head.update(in_channels=4 * WIDTH, feat_channels=32)
+    model.rpn_head.anchor_generator.update(scales=[2, 4, 8], strides=[8])
+    model.roi_head.bbox_head.update(
+        in_channels=8 * WIDTH,
+        reduced_channels=32,
+        num_classes=5,
+        output_size=3,
+        stride=8,
+        pooling=pooling,
+        ohem=ohem,
+    )
+    model.train_cfg.rpn_proposal.update(max_per_img=60)
+    model.test_cfg.rpn.update(max_per_img=60)
+    model.test_cfg.rcnn.score_thr = 0.01
+    return model
+
+
 def plugged(cfg: Config, roi_head: str, nms: dict[str, Any]) -> Config:
     """The config with one of our RoI heads and a rule, the way a user's config says it."""
     cfg = Config(cfg.to_dict())
@@ -67,7 +98,7 @@ def build(cfg: Config, like: nn.Module | None = None) -> nn.Module:
 def _spread_classes(model: nn.Module) -> None:
     """Random heads predict much the same for every RoI; make scores and boxes differ as in a trained one."""
     for name, parameter in model.named_parameters():
-        if name.endswith(('fc_cls.weight', 'fc_reg.weight')):
+        if name.endswith(('fc_cls.weight', 'fc_reg.weight', '.cls_maps.weight')):
             nn.init.normal_(parameter, std=0.5 if 'cls' in name else 0.05)
 
 

@@ -15,7 +15,7 @@ import torch
 from mmdet.apis import inference_detector
 from mmengine.config import Config
 
-from tests.tiny import build, tiny_config
+from tests.tiny import build, tiny_config, tiny_rfcn_model
 
 CLASSES = ('ant', 'bee', 'cat', 'dog', 'eel')
 SIZES = [(96, 128), (120, 90), (100, 100), (128, 96), (90, 160), (96, 128)]  # height, width in pixels
@@ -31,8 +31,11 @@ class Project:
     root: Path
 
 
-def make_project(root: Path, class_agnostic: bool = False) -> Project:
-    """Write the data set, both configs and a checkpoint into a folder."""
+def make_project(root: Path, detector: str = 'class-aware') -> Project:
+    """Write the data set, both configs and a checkpoint into a folder.
+
+    ``detector``: Faster R-CNN with 'class-aware' or 'class-agnostic' boxes, or 'r-fcn'.
+    """
     images = root / 'VOC2007' / 'JPEGImages'
     for folder in (images, root / 'VOC2007' / 'Annotations', root / 'VOC2007' / 'ImageSets' / 'Main'):
         folder.mkdir(parents=True)
@@ -44,7 +47,9 @@ def make_project(root: Path, class_agnostic: bool = False) -> Project:
         cv2.imwrite(str(images / f'{name}.jpg'), image)
 
     cfg = tiny_config('SoftNMSRoIHead', num_classes=len(CLASSES))
-    cfg.model.roi_head.bbox_head.reg_class_agnostic = class_agnostic
+    cfg.model.roi_head.bbox_head.reg_class_agnostic = detector == 'class-agnostic'
+    if detector == 'r-fcn':
+        cfg.model = tiny_rfcn_model()
     coco = _with_data(cfg, root, 'coco')
     model = build(coco)
     torch.save({'meta': {}, 'state_dict': model.state_dict()}, root / 'tiny.pth')

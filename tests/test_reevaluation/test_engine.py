@@ -26,13 +26,14 @@ HARD = dict(type='mmdet_softnms.HardNMS', iou_threshold=0.5)
 
 @pytest.fixture(scope='module', params=['class-aware', 'class-agnostic'])
 def project(request, tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp('tiny'), class_agnostic=request.param == 'class-agnostic')
+    return make_project(tmp_path_factory.mktemp('tiny'), request.param)
 
 
 def _live(config: Path, checkpoint: Path, nms: dict, out: Path) -> list[dict]:
     """Detections of a live run of tools/test.py with the rule in the config, by mmdet's own --out."""
     cfg = Config.fromfile(config)
-    cfg.model.roi_head.type = 'mmdet_softnms.SoftNMSRoIHead'
+    if cfg.model.roi_head.type != 'mmdet_softnms.RFCNRoIHead':
+        cfg.model.roi_head.type = 'mmdet_softnms.SoftNMSRoIHead'
     cfg.model.test_cfg.rcnn = dict(score_thr=1e-3, max_per_img=100, nms=nms)
     changed = config.with_name(f'{out.stem}.py')
     cfg.dump(changed)
@@ -107,6 +108,11 @@ def _voc_lists(cfg: Config, live: list[dict]):
         dets = torch.cat([found['bboxes'], found['scores'][:, None]], 1).numpy()
         results.append([dets[found['labels'].numpy() == label] for label in range(len(CLASSES))])
     return annotations, results
+
+
+def test_reevaluation_of_an_r_fcn_equals_the_live_run(tmp_path_factory, tmp_path):
+    project = make_project(tmp_path_factory.mktemp('rfcn'), 'r-fcn')
+    test_reevaluation_equals_the_live_run(project, 'coco', GAUSSIAN, 2, tmp_path)
 
 
 def test_the_table_is_fair(project):

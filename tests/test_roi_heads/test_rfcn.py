@@ -1,7 +1,6 @@
 """R-FCN: what it computes once, its OHEM, its raw results, and that it learns."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,39 +9,19 @@ import torch.multiprocessing as mp
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.roi_heads import RFCNBBoxHead
 from mmdet_softnms.roi_heads import rfcn as rfcn_module
+from tests.tiny import tiny_rfcn_model
 
-BASE = Path(__file__).parents[2] / 'configs/_base_/rfcn_r50-caffe.py'
 POOLINGS = ['caffe', 'torchvision', 'bilinear', 'deformable']
 SIZE = (96, 128)  # height, width
 
 
 def tiny_rfcn(pooling='caffe', ohem=24, nms=None, spread=True):
-    """The authors' architecture, 8 channels wide, 3 bins, 5 classes, stride 8 for the small images here."""
     register_all_modules()
-    model = Config.fromfile(BASE).model
-    model.backbone.update(
-        depth=18,
-        base_channels=8,
-        init_cfg=None,
-        frozen_stages=-1,
-        strides=(1, 2, 1, 1),
-        norm_cfg=dict(type='BN', requires_grad=True),
-        norm_eval=False,
-        zero_init_residual=False,
-    )
-    model.rpn_head.update(in_channels=32, feat_channels=32)
-    model.rpn_head.anchor_generator.update(scales=[2, 4, 8], strides=[8])
-    model.roi_head.bbox_head.update(
-        in_channels=64, reduced_channels=32, num_classes=5, output_size=3, stride=8, pooling=pooling, ohem=ohem
-    )
-    model.train_cfg.rpn_proposal.update(max_per_img=60)
-    model.test_cfg.rpn.update(max_per_img=60)
-    model.test_cfg.rcnn.score_thr = 0.01
+    model = tiny_rfcn_model(pooling=pooling, ohem=ohem)
     if nms is not None:
         model.test_cfg.rcnn.nms = nms
     torch.manual_seed(0)
