@@ -5,6 +5,8 @@
 # done once, and again only when its input changed. Nothing outside the project's folder is written but pip's cache.
 
 STACK=default PYTHON='' USE_INSTALLED_TORCH=false
+# GNU OpenMP's threads wait for each other by spinning: beside any other process, two are up to 50 times slower than one.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 BUILD_FLAGS='-O2 -g0 -DNDEBUG -w' # optimised as releases are; no debug symbols and no warnings: half of the plain time
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
