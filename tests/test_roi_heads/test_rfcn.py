@@ -59,7 +59,7 @@ def test_every_weight_gets_a_gradient(pooling):
     model.train()
     loss, losses = total_loss(model, *batch())
     assert set(losses) == {'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'acc', 'loss_bbox'}
-    assert float(losses['loss_cls']) > 0 and float(losses['loss_bbox']) > 0
+    assert losses['loss_cls'] > 0 and losses['loss_bbox'] > 0
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), name

@@ -133,7 +133,15 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
     )
     command = [sys.executable, str(TOOL), str(config), str(project.checkpoint), '--work-dir', str(tmp_path)]
     environment = dict(os.environ, PYTHONPATH=str(project.root))
-    process = subprocess.Popen(command, cwd=project.root, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        cwd=project.root,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background job, as a CI may be, ignores SIGINT and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for _ in range(600):
         if (project.root / 'started').exists():
             break
