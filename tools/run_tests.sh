@@ -8,5 +8,5 @@ cd "$(dirname "$0")/.."
 take_setup_options "$@"
 setup_env
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
-say 'Running the tests (about 5 min)'
+say 'Running the tests (about 8 min)'
 exec "$VENV/bin/python" -m pytest ${REST[@]+"${REST[@]}"}

@@ -11,9 +11,9 @@ A RoI is cut into P x P bins; bin (i, j) of output channel c looks at score map 
 
 How: a bin is a rectangle, or a grid, of samples, so its weights are an outer product. Means of rectangles are four
 corners of an integral image, in float64. Means of samples are ``wy @ map @ wx`` with one row of weights for each RoI,
-which is dense arithmetic that every device is good at and that differentiates with respect to the offsets as well. Both
-work on one image and one row of bins (or one bin) at a time and compute again for the gradient what they need, so
-memory does not grow with P.
+which is dense arithmetic that every device is good at and that differentiates with respect to the offsets as well.
+Rectangles go through one image and one row of bins at a time, samples through one bin at a time, and both compute again
+for the gradient instead of keeping, so that memory does not grow with P.
 
 Glossary: N images, C output channels, P bins a side, H x W pixels of a map, R RoIs, G groups of channels that share
 offsets.
