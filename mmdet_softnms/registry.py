@@ -38,5 +38,11 @@ METRICS = Registry(
     'metric',
     parent=mmdet.registry.METRICS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.reevaluation.candidates', 'mmdet_softnms.reevaluation.metrics'],
+    locations=['mmdet_softnms.reevaluation.candidates'],
+)
+DATA_SAMPLERS = Registry(
+    'data sampler',
+    parent=mmdet.registry.DATA_SAMPLERS,
+    scope='mmdet_softnms',
+    locations=['mmdet_softnms.reevaluation.candidates'],
 )

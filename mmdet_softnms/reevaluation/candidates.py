@@ -2,63 +2,85 @@
 
 The detector is the user's own config with three changes (:func:`plug`): its RoI head becomes the sibling that takes
 rules, its rule becomes :class:`mmdet_softnms.rules.NoSuppression`, its mask head is left out. mmengine's Runner does
-the rest, so that every dataset, launcher and device mmdet supports is supported here.
+the rest, so that every dataset, launcher and device mmdet supports is supported here. What it gives goes to a
+:class:`mmdet_softnms.reevaluation.store.CandidateStore`, shard by shard; a store that is there already is used instead.
 """
 
 import copy
+import hashlib
 import itertools
+import json
 import os.path as osp
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mmcv
+import mmdet
+import mmengine
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset, ConcatDataset
-from mmengine.dist import is_main_process
+from mmengine.dataset import BaseDataset
+from mmengine.dist import barrier, broadcast_object_list, get_dist_info, init_dist, is_distributed
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from torch.utils.data import Sampler
 
 from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights
-from mmdet_softnms.registry import METRICS
+from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
+from mmdet_softnms.reevaluation.store import CandidateStore, ImageCandidates, ReevaluationError, find_stores
 
 _PLUGGED_ROI_HEADS = {
     'StandardRoIHead': 'SoftNMSRoIHead',
     'CascadeRoIHead': 'SoftNMSCascadeRoIHead',
     'DoubleHeadRoIHead': 'SoftNMSDoubleHeadRoIHead',
 }
+#: Images a shard; a kill costs at most one shard's worth of forward passes, and so much is held in memory.
+SHARD_SIZE = 64
 _run_numbers = itertools.count()
 _MASK_PREFIXES = ('roi_head.mask_head.', 'roi_head.mask_roi_extractor.')
+_PATH_KEYS = ('data_root', 'ann_file', 'data_prefix', 'init_cfg')  # where things lie is not what they are
 
 
-class ReevaluationError(RuntimeError):
-    """The input of a re-evaluation cannot be used; the message is one line with the remedy."""
+@DATA_SAMPLERS.register_module()
+class ShardSampler(Sampler):
+    """Indices of the images of unfinished shards, every process its own shards.
 
+    mmengine's DefaultSampler would deal out images one by one, and no process would ever hold a whole shard.
+    """
 
-@dataclass
-class ImageCandidates:
-    """Raw candidates of one test image, boxes in original image scale."""
+    def __init__(self, dataset: Any, folder: str, shards: list[int], seed: int | None = None) -> None:
+        store = CandidateStore.open(Path(folder))
+        self._indices = [index for shard in _own(shards) for index in store.images_of(shard)]
 
-    img_id: Any
-    ori_shape: tuple[int, int]  # height, width in pixels
-    candidates: InstanceData  # bboxes (N, 4) float32 xyxy, scores (N,) float32, labels (N,) int64; on the CPU
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing is shuffled (mmengine's sampler interface)."""
 
 
 @METRICS.register_module()
 class CandidateCollector(BaseMetric):
-    """Evaluator that keeps the predictions of a forward pass; ``images`` holds them on the main process afterwards."""
+    """Evaluator that writes the predictions of a forward pass to a store, in the order of :class:`ShardSampler`."""
 
     default_prefix = 'candidates'
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str, shards: list[int]) -> None:
         super().__init__(collect_device='cpu')
-        self.images: list[ImageCandidates] = []
+        self._store = CandidateStore.open(Path(folder))
+        self._shards = _own(shards)
+        self._images: list[ImageCandidates] = []
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep one batch of predictions (mmengine's evaluator interface)."""
@@ -76,12 +98,24 @@ class CandidateCollector(BaseMetric):
                 labels=instances['labels'].detach().cpu(),
             )
             height, width = sample['ori_shape'][:2]
-            self.results.append(ImageCandidates(sample['img_id'], (int(height), int(width)), candidates))
+            self._images.append(ImageCandidates(sample['img_id'], (int(height), int(width)), candidates))
+            if len(self._images) == len(self._store.images_of(self._shards[0])):
+                self._store.write(self._shards.pop(0), self._images)
+                self._images = []
 
-    def compute_metrics(self, results: list[ImageCandidates]) -> dict[str, float]:
-        """Keep what all processes collected, in dataset order (mmengine's evaluator interface)."""
-        self.images = results
-        return {'images': len(results), 'boxes': sum(len(image.candidates) for image in results)}
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Nothing to gather: what this process saw is on disk (mmengine's evaluator interface)."""
+        assert not self._shards, f'the test loop ended before shards {self._shards}'
+        return {}
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """Not reached, see :meth:`evaluate`."""
+        return {}
+
+
+def _own(shards: list[int]) -> list[int]:
+    rank, world_size = get_dist_info()
+    return shards[rank::world_size]
 
 
 class _ProgressHook(Hook):
@@ -166,48 +200,199 @@ def build_test_set(cfg: Config) -> BaseDataset:
     return dataset
 
 
-def ground_truth(dataset: BaseDataset | ConcatDataset) -> dict[Any, list[dict[str, Any]]]:
-    """Annotated instances of every image by image id, as mmdet's datasets parse them, in original image scale.
+@dataclass
+class Collected:
+    """The candidates of a test set, and what it took to have them."""
 
-    Each instance holds ``bbox`` (xyxy), ``bbox_label`` and ``ignore_flag`` (1 for crowd and difficult objects).
-
-    Raises:
-        ReevaluationError: not one object is annotated.
-    """
-    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-    instances = {info['img_id']: info.get('instances', []) for info in infos}
-    if not any(instances.values()):
-        raise ReevaluationError('the test set has no annotated object, so nothing can be evaluated (a test-dev split?)')
-    return instances
+    store: CandidateStore
+    forward_images: int  # how many went through the network in this run; 0: all were there already
+    forward_seconds: float
 
 
 def collect(
     cfg: Config,
     checkpoint: str | Path,
     score_floor: float,
+    folder: str | Path,
     *,
+    dataset: BaseDataset | None = None,
     work_dir: str | Path | None = None,
     trust_checkpoint: bool = False,
+    shard_size: int = SHARD_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[ImageCandidates]:
-    """Run the network once over the config's test set and keep every candidate above a score.
+    say: Callable[[str], None] = lambda line: None,
+) -> Collected:
+    """Find every candidate above a score in a store, or run the network over the config's test set and store them.
 
     Args:
         cfg: the user's config; not changed.
         checkpoint: weights that fit it entirely.
-        score_floor: candidates with ``score > score_floor`` are kept, in [0, 1).
+        score_floor: candidates with ``score > score_floor`` are needed, in [0, 1).
+        folder: holds stores, each in a folder of its own, named by its fingerprint.
+        dataset: the test set where it is built already (:func:`build_test_set`).
         work_dir: where mmengine logs; None: nowhere that stays.
         trust_checkpoint: see :func:`mmdet_softnms.checkpoint.load_checkpoint`.
-        progress: called with (batches done, batches in all).
+        shard_size: images a shard of a new store; rounded up to whole batches, so that a run taken up again has the
+            same batches.
+        progress: called with (batches done, batches in all) of this process.
+        say: called with one line about every store that is used, taken up, or mended.
 
     Returns:
-        The candidates of every image in dataset order; an empty list on every process but the main one.
+        The finished store, on every process.
 
     Raises:
         ReevaluationError, CheckpointError: the input cannot be used.
+        OSError: the store cannot be written; finished shards stay, and the next run takes them up.
     """
+    dataset = build_test_set(cfg) if dataset is None else dataset
+    plan: list[Any] = [None]
+    if get_dist_info()[0] == 0:
+        store, shards, lines = _find_or_create(
+            Path(folder), fingerprint(cfg, checkpoint, dataset, score_floor), len(dataset), shard_size
+        )
+        for line in lines:
+            say(line)
+        plan = [(str(store.folder), shards)]
+    broadcast_object_list(plan)
+    store_folder, shards = plan[0]
+    store = CandidateStore.open(Path(store_folder))
+    start = time.perf_counter()
+    if shards:
+        _forward(cfg, checkpoint, score_floor, store, shards, work_dir, trust_checkpoint, progress)
+        barrier()
+        if problems := store.check() if get_dist_info()[0] == 0 else {}:
+            raise ReevaluationError(
+                f'{store.folder}: {_list(problems)} after the forward pass; is the folder on a disk all processes see?'
+            )
+    num_images = sum(len(store.images_of(shard)) for shard in shards)
+    return Collected(store, num_images, time.perf_counter() - start if shards else 0.0)
+
+
+def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score_floor: float) -> dict[str, Any]:
+    """What candidates depend on, as ``store.json`` holds it.
+
+    ``config``, ``checkpoint``, ``dataset`` and ``score_floor`` say which candidates they are: SHA-256 of model, test
+    pipeline, hooks and loop (paths left out); of the checkpoint file; of classes, image ids, file names and file sizes.
+    ``execution`` says what moves their last bits: the same network differs by 8e-8 between 1 and 2 threads.
+    """
+    plugged = plug(cfg, 0.0)
+    parts = ('model', 'custom_hooks', 'custom_imports', 'test_cfg')
+    described = {part: plugged.get(part) for part in parts} | {'dataset': plugged.test_dataloader.dataset}
+    classes = dataset.metainfo.get('classes', ())
+    files = []
+    for info in (dataset.get_data_info(number) for number in range(len(dataset))):
+        path = info['img_path']
+        files.append([info['img_id'], osp.basename(path), osp.getsize(path) if osp.isfile(path) else None])
+    with open(checkpoint, 'rb') as file:
+        weights = hashlib.sha256()
+        while block := file.read(1 << 22):
+            weights.update(block)
+    return dict(
+        config=_hash(_without_paths(Config(described).to_dict())),
+        checkpoint=weights.hexdigest(),
+        dataset=_hash([list(classes), files]),
+        score_floor=score_floor,
+        execution=dict(
+            batch_size=cfg.test_dataloader.get('batch_size', 1),
+            threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+            torch=torch.__version__,
+            mmcv=mmcv.__version__,
+            mmdet=mmdet.__version__,
+            mmengine=mmengine.__version__,
+        ),
+    )
+
+
+def _find_or_create(
+    folder: Path, wanted: dict[str, Any], num_images: int, shard_size: int
+) -> tuple[CandidateStore, list[int], list[str]]:
+    """The store to use, its unfinished shards, and what there is to say."""
+
+    def name(content: dict[str, Any]) -> str:
+        return _hash(content)[:12]
+
+    said = []
+    others = []
+    for store in find_stores(folder):
+        have = store.fingerprint
+        if store.num_images != num_images or have['score_floor'] > wanted['score_floor']:
+            others.append(store)
+        elif any(have[key] != wanted[key] for key in ('config', 'checkpoint', 'dataset')):
+            others.append(store)
+        elif have['execution'] != wanted['execution'] or have['score_floor'] != wanted['score_floor']:
+            # Finished ones serve as they are: the same candidates, but for last bits and some below the floor.
+            if not store.check():
+                how = ', '.join(
+                    f'{key} {value}' for key, value in have['execution'].items() if wanted['execution'].get(key) != value
+                ) or f'score floor {have["score_floor"]:g}'
+                said.append(f'stored candidates found: {store.folder} (made with {how}); no forward pass is needed')
+                return store, [], said
+    batch_size = wanted['execution']['batch_size']
+    own = folder / name(wanted)
+    if not (own / 'store.json').exists():
+        if others:
+            said.append(
+                f'{len(others)} stored candidates in {folder} are of another '
+                f'{_differences(others[-1].fingerprint, wanted)}: not used'
+            )
+        store = CandidateStore.create(own, wanted, num_images, -(-shard_size // batch_size) * batch_size)
+        return store, list(range(store.num_shards)), said
+    try:
+        store = CandidateStore.open(own)
+        assert store.fingerprint == wanted
+    except (ReevaluationError, AssertionError):
+        said.append(f'{own / "store.json"} is damaged: written anew')
+        store = CandidateStore.create(own, wanted, num_images, -(-shard_size // batch_size) * batch_size)
+    problems = store.check()
+    for shard, problem in problems.items():
+        if problem != 'missing':
+            images = store.images_of(shard)
+            said.append(f'{store.path_of(shard)} {problem}; images {images[0]} to {images[-1]} are computed anew')
+    if not problems:
+        said.append(f'stored candidates found: {store.folder}; no forward pass is needed')
+    elif len(problems) < store.num_shards:
+        done = store.num_shards - len(problems)
+        said.append(f'{store.folder}: {done} of {store.num_shards} shards are there; the run is taken up')
+    return store, list(problems), said
+
+
+def _differences(have: dict[str, Any], wanted: dict[str, Any]) -> str:
+    names = [key for key in ('config', 'checkpoint', 'dataset') if have[key] != wanted[key]]
+    names += ['score floor'] if have['score_floor'] > wanted['score_floor'] else []
+    return ' and '.join(names) or 'number of images'
+
+
+def _list(problems: dict[int, str]) -> str:
+    return '; '.join(f'shard {shard} {problem}' for shard, problem in list(problems.items())[:3])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _without_paths(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_paths(value) for key, value in content.items() if key not in _PATH_KEYS}
+    return [_without_paths(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def _forward(
+    cfg: Config,
+    checkpoint: str | Path,
+    score_floor: float,
+    store: CandidateStore,
+    shards: list[int],
+    work_dir: str | Path | None,
+    trust_checkpoint: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run the network over the images of some shards and write them."""
     plugged = plug(cfg, score_floor)
-    plugged.test_evaluator = dict(type='mmdet_softnms.CandidateCollector')
+    place = dict(folder=str(store.folder), shards=shards)
+    plugged.test_evaluator = dict(type='mmdet_softnms.CandidateCollector', **place)
+    plugged.test_dataloader.sampler = dict(type='mmdet_softnms.ShardSampler', **place)
+    plugged.test_dataloader.pop('batch_sampler', None)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg'):
         plugged.pop(key, None)
     plugged.pop('val_evaluator', None)
@@ -218,8 +403,9 @@ def collect(
     plugged.visualizer = dict(type='Visualizer', name=f'reevaluation_{next(_run_numbers)}')
     plugged.setdefault('test_cfg', dict(type='TestLoop'))
     _drop_weight_initialisation(plugged.model)
-    if plugged.get('launcher', 'none') != 'none' and not torch.cuda.is_available():
-        _distribute_on_cpu(plugged)
+    if is_distributed() and not torch.cuda.is_available():
+        # mmengine would wrap the model with the CUDA device of LOCAL_RANK.
+        plugged.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
     with tempfile.TemporaryDirectory() as temporary:
         plugged.work_dir = str(work_dir or temporary)
         runner = Runner.from_cfg(plugged)
@@ -231,16 +417,24 @@ def collect(
             allow_unsafe_loading()
         runner.register_hook(_ProgressHook(progress))
         runner.test()
-    return runner.test_evaluator.metrics[0].images if is_main_process() else []
 
 
-def _distribute_on_cpu(cfg: Config) -> None:
-    """mmengine's own launcher assumes GPUs: it sets a CUDA device, and wraps the model with one."""
-    if cfg.launcher != 'pytorch':
-        raise ReevaluationError(f'--launcher {cfg.launcher} needs GPUs; without them start it by torchrun (pytorch)')
-    if not torch.distributed.is_initialized():
+def start_processes(launcher: str) -> None:
+    """Join the other processes of a launcher (``'none'``: there are none), before anything is divided among them.
+
+    mmengine's own function assumes GPUs: it sets a CUDA device.
+
+    Raises:
+        ReevaluationError: a launcher that needs GPUs where there are none.
+    """
+    if launcher == 'none' or is_distributed():
+        return
+    if torch.cuda.is_available():
+        init_dist(launcher)
+    elif launcher == 'pytorch':
         torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+    else:
+        raise ReevaluationError(f'--launcher {launcher} needs GPUs; without them start it by torchrun (pytorch)')
 
 
 def _check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:

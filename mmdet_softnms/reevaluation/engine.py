@@ -1,69 +1,39 @@
-"""Stored candidates to a table: which settings are compared, and what each of them scores.
+"""Config and checkpoint to a table: candidates found or made, settings swept, the result in one object."""
 
-A fair table (DESIGN: all rows share candidates, ``score_thr`` and ``max_per_img``): the baseline is hard NMS at IoU 0.5
-at the same low ``score_thr`` as the soft rules. The config's own setting is an extra row and never the reference;
-against the stock ``score_thr`` of 0.05 the low-score tail would be credited to Soft-NMS.
-"""
-
+import copy
 import functools
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmdet.datasets import XMLDataset
+from filelock import FileLock, Timeout
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
-from mmengine.evaluator import BaseMetric
-from mmengine.structures import InstanceData
+from mmengine.dist import get_dist_info, is_distributed
 
-from mmdet_softnms.post_process import suppress
-from mmdet_softnms.reevaluation.candidates import (
-    ImageCandidates,
-    ReevaluationError,
-    build_test_set,
-    collect,
-    ground_truth,
-    has_mask_head,
-    plug,
-)
-from mmdet_softnms.reevaluation.metrics import UnroundedCocoMetric, UnroundedVOCMetric
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
+from mmdet_softnms.reevaluation.candidates import build_test_set, collect, has_mask_head, plug, start_processes
+from mmdet_softnms.reevaluation.metrics import GroundTruth, read_ground_truth
+from mmdet_softnms.reevaluation.selection import Objects, Selection, select
+from mmdet_softnms.reevaluation.settings import Setting, default_settings, sweep_settings
+from mmdet_softnms.reevaluation.store import Candidates, CandidateStore, ReevaluationError
+from mmdet_softnms.reevaluation.sweep import Row, evaluate_all, match_all
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One row to be: a rule with the thresholds around it."""
-
-    rule: Rule
-    score_thr: float
-    max_per_img: int
-    source: str = 'table'  # 'table' or 'config'
-
-    @property
-    def name(self) -> str:
-        """The rule's name as a config would write it; stock ones by mmdet's own ``type``."""
-        return self.rule.nms_type if isinstance(self.rule, MmcvNMS) else type(self.rule).__name__
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Everything that distinguishes the row."""
-        return {**self.rule.params, 'score_thr': self.score_thr, 'max_per_img': self.max_per_img}
-
-
 @dataclass
-class Row:
-    """One row of a re-evaluation."""
+class Session:
+    """What a run has in memory, for what is computed on top of the table: choice of settings, pictures."""
 
-    rule: str
-    params: dict[str, Any]
-    metrics: dict[str, float]  # in [0, 1], unrounded; -1 where undefined
-    seconds: float  # spent on suppression, all images together
-    source: str  # 'table' or 'config'
+    settings: list[Setting]
+    candidates: Candidates
+    truth: GroundTruth
+    image_paths: list[str]
 
 
 @dataclass
@@ -74,93 +44,17 @@ class Reevaluation:
     num_images: int
     num_candidates: int
     masks_left_out: bool
+    store: str  # folder of the candidates
+    store_bytes: int
+    forward_images: int  # that went through the network in this run; 0 where a store was found
     forward_seconds: float
     rows: list[Row]
+    notes: list[str]
+    session: Session = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``reevaluation.json`` holds it."""
-        return asdict(self)
-
-
-def default_settings(cfg: Config, score_thr: float, max_per_img: int, min_score: float) -> list[Setting]:
-    """Hard NMS (the baseline), linear and gaussian Soft-NMS with the paper's parameters, and the config's own setting.
-
-    Raises:
-        ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
-    """
-    if not 0 <= score_thr < 1:
-        raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr}')
-    if max_per_img < 1 and max_per_img != -1:
-        raise ReevaluationError(f'max_per_img must be at least 1, or -1 for no limit, got {max_per_img}')
-    try:
-        rules: list[Rule] = [
-            HardNMS(iou_threshold=0.5),
-            SoftNMS('linear', iou_threshold=0.3, min_score=min_score),
-            SoftNMS('gaussian', sigma=0.5, min_score=min_score),
-        ]
-        own = cfg.model.test_cfg.rcnn
-        own_setting = Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReevaluationError(f'the suppression settings cannot be used: {error}') from error
-    return [*(Setting(rule, score_thr, max_per_img) for rule in rules), own_setting]
-
-
-def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
-    """Detections of every image under a setting, by the same function a live model uses."""
-    return [suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images]
-
-
-def evaluate(
-    images: list[ImageCandidates],
-    setting: Setting,
-    evaluators: list[BaseMetric],
-    instances: dict[Any, list[dict[str, Any]]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Row:
-    """Suppress the candidates of every image and score the detections.
-
-    Args:
-        images: the candidates; each image of the test set once.
-        setting: what to apply.
-        evaluators: see :func:`build_evaluators`; used up one after the other, and usable again afterwards.
-        instances: ground truth by image id, see :func:`mmdet_softnms.reevaluation.candidates.ground_truth`.
-        progress: called with (images done, images in all).
-    """
-    seconds = 0.0
-    for done, image in enumerate(images, 1):
-        start = time.perf_counter()
-        (result,) = detections([image], setting)
-        seconds += time.perf_counter() - start
-        sample = _with_ground_truth(image, result, instances[image.img_id])
-        for evaluator in evaluators:
-            evaluator.process({}, [sample])
-        progress(done, len(images))
-    metrics: dict[str, float] = {}
-    for evaluator in evaluators:
-        # Not evaluator.evaluate(): under a launcher it would wait for processes that have nothing to do here.
-        metrics.update(evaluator.compute_metrics(evaluator.results))
-        evaluator.results.clear()
-    return Row(setting.name, setting.params, metrics, seconds, setting.source)
-
-
-def build_evaluators(cfg: Config, dataset: BaseDataset) -> list[BaseMetric]:
-    """COCO metrics for every dataset, and both VOC metrics where the dataset or its evaluator is VOC's.
-
-    Raises:
-        ReevaluationError: the annotation file of the config's evaluator does not exist.
-    """
-    configured = cfg.get('test_evaluator') or []
-    configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    by_type = {evaluator.get('type', '').split('.')[-1]: evaluator for evaluator in configured}
-    ann_file = by_type.get('CocoMetric', {}).get('ann_file')
-    if ann_file is not None and not Path(ann_file).is_file():
-        raise ReevaluationError(f'annotation file {ann_file} of test_evaluator does not exist; correct its ann_file')
-    evaluators: list[BaseMetric] = [UnroundedCocoMetric(ann_file)]
-    if isinstance(dataset, XMLDataset) or 'VOCMetric' in by_type:
-        evaluators.append(UnroundedVOCMetric())
-    for evaluator in evaluators:
-        evaluator.dataset_meta = dataset.metainfo
-    return evaluators
+        return {name: value for name, value in asdict(replace(self, session=None)).items() if name != 'session'}
 
 
 def reevaluate(
@@ -171,72 +65,219 @@ def reevaluate(
     score_thr: float = 1e-3,
     max_per_img: int = 100,
     min_score: float = 1e-3,
+    sweep: Sequence[str] = (),
+    store: str | Path | None = None,
+    processes: int | None = None,
     trust_checkpoint: bool = False,
     progress: Progress = lambda what, done, total: None,
+    on_row: Callable[[Row, int, int], None] = lambda row, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Reevaluation | None:
-    """Run the network once over the config's test set and score hard, linear and gaussian suppression and its own.
+    """Score hard, linear and gaussian suppression and the config's own over the config's test set, or a whole sweep.
+
+    The network runs once, and not at all where the work directory or ``store`` holds the candidates already.
 
     Args:
         cfg: any mmdet config of a supported two-stage detector; not changed.
         checkpoint: its weights.
-        work_dir: where mmengine logs.
+        work_dir: where candidates are stored, rows of an unfinished sweep are kept and mmengine logs; None: nowhere
+            that stays. One run at a time may use it.
         score_thr, max_per_img: shared by the rows of the table; the config's own row keeps its own.
         min_score: of the soft rules.
+        sweep: instead of the default rows, see :func:`mmdet_softnms.reevaluation.settings.sweep_settings`.
+        store: a store made elsewhere, used as it is; None: the one in the work directory.
+        processes: of this machine for the sweep; None: as many as are worth it.
         trust_checkpoint: see :func:`mmdet_softnms.checkpoint.load_checkpoint`.
         progress: called with a description, how much is done, and how much there is.
+        on_row: called with (row, rows done, rows in all) after each setting.
+        say: called with one line about every store that is used, taken up, or mended.
 
     Returns:
         The result, baseline first; None on every process but the main one.
 
     Raises:
-        ReevaluationError, CheckpointError: the input cannot be used.
+        ReevaluationError, CheckpointError: the input cannot be used, or another run is at work in ``work_dir``.
+        OSError: no space or no permission; finished shards and rows are kept for the next run.
     """
     plug(cfg, 0.0)  # before anything slow: is it a detector that can be plugged?
-    settings = default_settings(cfg, score_thr, max_per_img, min_score)
-    dataset = build_test_set(cfg)
-    instances = ground_truth(dataset)
-    evaluators = build_evaluators(cfg, dataset)
-    start = time.perf_counter()
-    images = collect(
-        cfg,
-        checkpoint,
-        min(setting.score_thr for setting in settings),
-        work_dir=work_dir,
-        trust_checkpoint=trust_checkpoint,
-        progress=functools.partial(progress, 'forward pass'),
-    )
-    forward_seconds = time.perf_counter() - start
-    if not images:
+    if sweep:
+        settings = sweep_settings(sweep, cfg, score_thr, max_per_img, min_score)
+    else:
+        settings = default_settings(cfg, score_thr, max_per_img, min_score)
+    start_processes(cfg.get('launcher', 'none'))
+    if is_distributed() and work_dir is None:
+        raise ReevaluationError('several processes need a work_dir that all of them see')
+    with ExitStack() as stack:
+        folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        if get_dist_info()[0] == 0:
+            stack.enter_context(only_run_in(folder))
+        dataset = build_test_set(cfg)
+        truth = read_ground_truth(cfg, dataset)
+        img_ids = [dataset.get_data_info(number)['img_id'] for number in range(len(dataset))]
+        floor = min(setting.score_thr for setting in settings)
+        forward_images, forward_seconds = 0, 0.0
+        if store is None:
+            collected = collect(
+                cfg,
+                checkpoint,
+                floor,
+                folder / 'candidates',
+                dataset=dataset,
+                work_dir=work_dir,
+                trust_checkpoint=trust_checkpoint,
+                progress=functools.partial(progress, 'forward pass, batches'),
+                say=say,
+            )
+            used, forward_images, forward_seconds = collected.store, collected.forward_images, collected.forward_seconds
+        else:
+            used = _given_store(Path(store), img_ids, floor)
+        candidates = used.load()
+        if candidates.img_ids != img_ids:
+            raise ReevaluationError(f'the images of {used.folder} are not those of the test set; delete it')
+        rows = evaluate_all(
+            candidates,
+            settings,
+            truth,
+            work_dir=folder if work_dir else None,
+            identity=_identity(used, truth),
+            processes=processes,
+            on_row=on_row,
+        )
+    if get_dist_info()[0] != 0:
         return None
-    rows = []
-    for number, setting in enumerate(settings, 1):
-        report = functools.partial(progress, f'evaluation {number}/{len(settings)}: {setting.name}')
-        rows.append(evaluate(images, setting, evaluators, instances, report))
+    infos = (dataset.get_data_info(number) for number in range(len(dataset)))
     return Reevaluation(
         dataset=f'{type(dataset).__name__} {getattr(dataset, "ann_file", "")}'.strip(),
-        num_images=len(images),
-        num_candidates=sum(len(image.candidates) for image in images),
+        num_images=len(candidates),
+        num_candidates=candidates.num_candidates,
         masks_left_out=has_mask_head(cfg),
+        store=str(used.folder),
+        store_bytes=used.num_bytes if used.folder.is_dir() else 0,
+        forward_images=forward_images,
         forward_seconds=forward_seconds,
         rows=rows,
+        notes=truth.notes,
+        session=Session(settings, candidates, truth, [info['img_path'] for info in infos]),
     )
 
 
-def _with_ground_truth(image: ImageCandidates, result: InstanceData, instances: list[dict[str, Any]]) -> dict[str, Any]:
-    """What mmdet's evaluators read of a data sample."""
+def only_run_in(work_dir: Path) -> FileLock:
+    """Take hold of a work directory until the lock is released or this process ends, however it ends.
 
-    def gather(ignored: bool) -> dict[str, torch.Tensor]:
-        chosen = [instance for instance in instances if bool(instance.get('ignore_flag', 0)) == ignored]
-        return dict(
-            bboxes=torch.tensor([instance['bbox'] for instance in chosen], dtype=torch.float32).reshape(-1, 4),
-            labels=torch.tensor([instance['bbox_label'] for instance in chosen], dtype=torch.int64),
+    Raises:
+        ReevaluationError: another run is at work there.
+        OSError: it cannot be written.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work_dir / '.lock', is_singleton=True)  # a script may hold it around more than one call
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ReevaluationError(
+            f'another run is at work in {work_dir}; wait for it, or give this one another --work-dir'
+        ) from None
+    return lock
+
+
+def _given_store(folder: Path, img_ids: list[Any], floor: float) -> CandidateStore:
+    store = CandidateStore.open(folder)
+    if problems := store.check():
+        shard, problem = next(iter(problems.items()))
+        raise ReevaluationError(
+            f'{folder}: {len(problems)} of {store.num_shards} shards cannot be used ({store.path_of(shard).name} {problem}); '
+            'leave --store out to have them computed in the work directory'
         )
+    if store.num_images != len(img_ids):
+        raise ReevaluationError(f'{folder} holds {store.num_images} images but the test set {len(img_ids)}')
+    if store.fingerprint['score_floor'] > floor:
+        raise ReevaluationError(
+            f'{folder} holds candidates above {store.fingerprint["score_floor"]:g} only, and a score_thr of {floor:g} is '
+            'asked for; raise it, or leave --store out'
+        )
+    return store
 
-    return dict(
-        img_id=image.img_id,
-        ori_shape=image.ori_shape,
-        pred_instances=dict(bboxes=result.bboxes, scores=result.scores, labels=result.labels),
-        gt_instances=gather(ignored=False),
-        ignored_instances=gather(ignored=True),
-        instances=instances,
+
+def _identity(store: CandidateStore, truth: GroundTruth) -> str:
+    from mmdet_softnms import __version__
+
+    content = json.dumps([__version__, store.fingerprint, truth.classes, truth.coco, truth.voc is None], default=repr)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def choose(
+    result: Reevaluation,
+    cfg: Config,
+    checkpoint: str | Path,
+    work_dir: str | Path,
+    *,
+    criterion: str = 'AP',
+    num_folds: int = 5,
+    resamples: int = 1000,
+    tune_on: str = 'auto',
+    processes: int | None = None,
+    trust_checkpoint: bool = False,
+    progress: Progress = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Selection:
+    """Choose among the rows of a re-evaluation, honestly (:mod:`mmdet_softnms.reevaluation.selection`).
+
+    Args:
+        result: of :func:`reevaluate` with the same config, checkpoint and work directory.
+        cfg, checkpoint, work_dir, processes, trust_checkpoint, progress, say: as there.
+        criterion, num_folds, resamples: see :func:`mmdet_softnms.reevaluation.selection.select`.
+        tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold over the
+            test set; 'auto': 'val' where it shares no image with the test set, else 'folds'.
+
+    Raises:
+        ReevaluationError: too few images or resamples; 'val' shares images with the test set.
+    """
+    session = result.session
+    val_set = None
+    if tune_on != 'folds':
+        val_cfg = copy.deepcopy(cfg)
+        val_cfg.test_dataloader, val_cfg.test_evaluator = cfg.get('val_dataloader'), cfg.get('val_evaluator')
+        if val_cfg.test_dataloader is not None:
+            val_set = build_test_set(val_cfg)
+            names = {Path(path).name for path in session.image_paths}
+            common = sum(
+                Path(val_set.get_data_info(number)['img_path']).name in names for number in range(len(val_set))
+            )
+            if common and tune_on == 'val':
+                raise ReevaluationError(
+                    f'{common} of {len(val_set)} images of val_dataloader are test images too, and tuning on what is '
+                    'reported flatters; use --tune-on folds, or name another split (--cfg-options)'
+                )
+            val_set = None if common else val_set
+        elif tune_on == 'val':
+            raise ReevaluationError('the config has no val_dataloader to tune on; use --tune-on folds')
+    threads = processes or os.cpu_count() or 1
+    matches = match_all(
+        session.candidates, session.settings, session.truth, processes=processes,
+        progress=functools.partial(progress, 'matching'),
+    )  # fmt: skip
+    tuning = None
+    if val_set is not None:
+        truth = read_ground_truth(val_cfg, val_set)
+        collected = collect(
+            val_cfg,
+            checkpoint,
+            min(setting.score_thr for setting in session.settings),
+            Path(work_dir) / 'candidates',
+            dataset=val_set,
+            trust_checkpoint=trust_checkpoint,
+            progress=functools.partial(progress, 'forward pass on the tuning split, batches'),
+            say=say,
+        )
+        found = match_all(collected.store.load(), session.settings, truth, processes=processes)
+        tuning = found, Objects.of(truth).counts
+    return select(
+        session.settings,
+        matches,
+        Objects.of(session.truth).counts,
+        tuning=tuning,
+        criterion=criterion,
+        num_folds=num_folds,
+        resamples=resamples,
+        threads=threads,
+        progress=functools.partial(progress, 'bootstrap'),
     )

@@ -1,14 +1,14 @@
 """A re-evaluation as people and programs read it: the table and ``reevaluation.json``."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from mmdet_softnms.reevaluation.engine import Reevaluation, Row
+from mmdet_softnms.reevaluation.engine import Reevaluation
+from mmdet_softnms.reevaluation.store import write_whole
+from mmdet_softnms.reevaluation.sweep import Row
 
 #: Columns of the table; those no row has are left out.
 COLUMNS = ('AP', 'AP50', 'AP75', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
@@ -62,20 +62,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: no permission or no space; the earlier file is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.tmp')
-    try:
-        with os.fdopen(handle, 'w') as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write('\n')
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + '\n').encode())

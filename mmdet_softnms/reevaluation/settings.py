@@ -1,0 +1,256 @@
+"""What is compared: settings, the fair default table, and grids over anything a rule takes.
+
+A fair table (DESIGN: all rows share candidates, ``score_thr`` and ``max_per_img``): the baseline is hard NMS at IoU 0.5
+at the same low ``score_thr`` as the soft rules. The config's own setting is an extra row and never the reference;
+against the stock ``score_thr`` of 0.05 the low-score tail would be credited to Soft-NMS. A grid over ``score_thr`` or
+``max_per_img`` gets a baseline for each of their values.
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.fileio import load
+
+from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.registry import TASK_UTILS
+from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
+
+_AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row to be: a rule with the thresholds around it."""
+
+    rule: Rule
+    score_thr: float
+    max_per_img: int
+    source: str = 'table'  # 'table' or 'config'
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.score_thr, self.max_per_img)
+
+    @property
+    def name(self) -> str:
+        """The rule's name as a config would write it; stock ones by mmdet's own ``type``."""
+        return self.rule.nms_type if isinstance(self.rule, MmcvNMS) else type(self.rule).__name__
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Everything that distinguishes the row."""
+        return {**self.rule.params, 'score_thr': self.score_thr, 'max_per_img': self.max_per_img}
+
+    @property
+    def group(self) -> tuple[float, int]:
+        """What a baseline has to share with the row for a difference to mean anything."""
+        return self.score_thr, self.max_per_img
+
+    @property
+    def is_baseline(self) -> bool:
+        """Hard NMS at IoU 0.5, the reference of its group."""
+        return type(self.rule) is HardNMS and self.source == 'table' and self.rule.params == HardNMS().params
+
+    @property
+    def snippet(self) -> str:
+        """The lines to paste into a config that has this setting."""
+        nms = f'type={self.name!r}'
+        if not isinstance(self.rule, MmcvNMS):
+            scope = type(self.rule).__module__.split('.')[0]
+            nms = f"type='{scope}.{self.name}'"
+        arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
+        nms = ', '.join(['_delete_=True', nms, *(f'{name}={value!r}' for name, value in arguments.items())])
+        return (
+            "model = dict(\n    roi_head=dict(type='mmdet_softnms.{head}'),\n"
+            f'    test_cfg=dict(rcnn=dict(score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n'
+            f'        {nms}))))'
+        )
+
+
+def check_thresholds(score_thr: float, max_per_img: int) -> None:
+    """Raise a ReevaluationError for thresholds out of range."""
+    if isinstance(score_thr, str) or not 0 <= score_thr < 1:
+        raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr}')
+    if not isinstance(max_per_img, int) or (max_per_img < 1 and max_per_img != -1):
+        raise ReevaluationError(f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img}')
+
+
+def default_settings(cfg: Config, score_thr: float, max_per_img: int, min_score: float) -> list[Setting]:
+    """Hard NMS (the baseline), linear and gaussian Soft-NMS with the paper's parameters, and the config's own setting.
+
+    Raises:
+        ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
+    """
+    check_thresholds(score_thr, max_per_img)
+    rules: list[Rule] = [HardNMS(iou_threshold=0.5), *_default_soft_rules(min_score)]
+    return [*(Setting(rule, score_thr, max_per_img) for rule in rules), own_setting(cfg)]
+
+
+def own_setting(cfg: Config) -> Setting:
+    """The config's own setting.
+
+    Raises:
+        ReevaluationError: ``test_cfg.rcnn`` of the config is unusable.
+    """
+    try:
+        own = cfg.model.test_cfg.rcnn
+        return Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReevaluationError(f"the config's own suppression (test_cfg.rcnn) cannot be used: {error}") from error
+
+
+def _default_soft_rules(min_score: float) -> list[Rule]:
+    try:
+        return [
+            SoftNMS('linear', iou_threshold=0.3, min_score=min_score),
+            SoftNMS('gaussian', sigma=0.5, min_score=min_score),
+        ]
+    except (TypeError, ValueError) as error:
+        raise ReevaluationError(f'the suppression settings cannot be used: {error}') from error
+
+
+#: What ``--select`` chooses from when no grid is given.
+DEFAULT_SWEEP = ('SoftNMS.sigma=0.1:1.0:0.1', 'SoftNMS.iou_threshold=0.1:0.7:0.1', 'HardNMS.iou_threshold=0.3:0.7:0.1')
+
+
+def sweep_settings(
+    specs: Sequence[str], cfg: Config, score_thr: float, max_per_img: int, min_score: float
+) -> list[Setting]:
+    """The settings of a grid, a baseline before each group of equal ``score_thr`` and ``max_per_img``, the config's last.
+
+    Args:
+        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``, or the
+            path of a YAML file. VALUES are ``first:last:step`` with both ends, or a list with commas. All parameters of
+            one rule are crossed with each other; different rules are not; the three thresholds are crossed with
+            everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's ``nms`` or
+            ``soft_nms``. Where SoftNMS has no ``method``, ``iou_threshold`` sweeps the linear one and ``sigma`` the
+            gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``, and the thresholds.
+        cfg: the user's config.
+        score_thr, max_per_img, min_score: where they are not swept.
+
+    Raises:
+        ReevaluationError: a spec cannot be read; a rule or a parameter is unknown, out of range, or has no effect.
+    """
+    grids, around = _read_specs(specs)
+    around = {'score_thr': [score_thr], 'max_per_img': [max_per_img], 'min_score': [min_score]} | around
+    settings: dict[Any, Setting] = {}
+    for group in itertools.product(around['score_thr'], around['max_per_img']):
+        rules: list[Rule] = [HardNMS(iou_threshold=0.5)]
+        for floor in around['min_score']:
+            if grids:
+                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor)]
+            else:
+                rules += _default_soft_rules(floor)
+        for rule in rules:
+            setting = Setting(rule, *group)
+            settings.setdefault((setting.name, str(setting.params)), setting)
+    return [*settings.values(), own_setting(cfg)]
+
+
+def _read_specs(specs: Sequence[str]) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict[str, list[Any]]]:
+    grids: dict[str, dict[str, list[Any]]] = {}
+    listed: list[tuple[str, dict[str, list[Any]]]] = []
+    around: dict[str, list[Any]] = {}
+    for spec in specs:
+        name, equals, values = spec.partition('=')
+        if not equals and Path(spec).suffix in ('.yml', '.yaml'):
+            found, thresholds = _read_file(Path(spec))
+            listed += found
+            around |= thresholds
+        elif name in _AROUND:
+            around[name] = _values(values, spec)
+        elif equals and '.' in name:
+            rule, _, parameter = name.rpartition('.')
+            grids.setdefault(rule, {})[parameter] = _values(values, spec)
+        else:
+            raise ReevaluationError(
+                f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
+                f'{", ".join(f"{one}=VALUES" for one in _AROUND)}, or the path of a YAML file'
+            )
+    return [*listed, *grids.items()], around
+
+
+def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict[str, list[Any]]]:
+    try:
+        content = load(path)
+    except Exception as error:  # whatever the YAML reader raises is about the file
+        raise ReevaluationError(f'sweep file {path} cannot be read: {type(error).__name__}: {error}') from error
+    if not isinstance(content, dict) or set(content) - {'rules', *_AROUND}:
+        raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(_AROUND)} and nothing else')
+
+    def values(raw: Any) -> list[Any]:
+        return list(raw) if isinstance(raw, list) else _values(str(raw), f'{raw} in {path}')
+
+    grids = []
+    for entry in content.get('rules') or []:
+        if not isinstance(entry, dict) or 'type' not in entry:
+            raise ReevaluationError(f'{entry!r} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}')
+        grids.append((str(entry['type']), {key: values(raw) for key, raw in entry.items() if key != 'type'}))
+    return grids, {name: values(content[name]) for name in _AROUND if name in content}
+
+
+def _values(text: str, spec: str) -> list[Any]:
+    """``'0.1:0.3:0.1'`` or ``'0.1,0.2,0.3'`` as a list; both ends belong to a range."""
+    if ':' in text:
+        try:
+            first, last, step = (_number(word) for word in text.split(':'))
+            steps = math.floor((last - first) / step + 1e-9)
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+            steps = -1
+        if not 0 <= steps < 10_000 or step <= 0:
+            raise ReevaluationError(f'{spec!r}: a range is first:last:step, as 0.1:1.0:0.1 (both ends are taken)')
+        return [type(first + step)(round(first + number * step, 10)) for number in range(steps + 1)]
+    words = text.split(',')
+    if not all(words):
+        raise ReevaluationError(f'{spec!r} has an empty value; write VALUES as 0.1,0.2 or 0.1:1.0:0.1')
+    values = []
+    for word in words:
+        try:
+            values.append(_number(word))
+        except ValueError:
+            values.append(word)
+    return values
+
+
+def _number(word: str) -> Any:
+    try:
+        return int(word)
+    except ValueError:
+        return float(word)
+
+
+def _rules(name: str, grid: Mapping[str, Iterable[Any]], min_score: float) -> list[Rule]:
+    """Every rule of a grid, those that come out the same once."""
+    grid = {parameter: list(values) for parameter, values in grid.items()}
+    kind = name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
+    swept = list(grid)
+    if kind == 'mmdet_softnms.SoftNMS' and 'method' not in grid:
+        methods = [method for method, one in (('linear', 'iou_threshold'), ('gaussian', 'sigma')) if one in grid]
+        if methods:
+            grid = {'method': methods, **grid}  # rows of one method together
+    if 'min_score' not in grid and (kind == 'soft_nms' or 'min_score' in _parameters(kind)):
+        grid['min_score'] = [min_score]
+    rules: dict[str, Rule] = {}
+    for values in itertools.product(*grid.values()):
+        arguments = dict(zip(grid, values, strict=True))
+        try:
+            rule = build_rule(dict(type=kind, **arguments))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReevaluationError(f'sweep over {name} with {arguments}: {error}') from error
+        rules.setdefault(str(rule.params), rule)
+    for parameter in swept:
+        if len(grid[parameter]) > 1 and not any(parameter in rule.params for rule in rules.values()):
+            raise ReevaluationError(
+                f'a sweep over {name}.{parameter} changes nothing: {next(iter(rules.values())).params} does not use it'
+            )
+    return list(rules.values())
+
+
+def _parameters(kind: str) -> Iterable[str]:
+    rule = TASK_UTILS.get(kind) if '.' in kind else None
+    return inspect.signature(rule).parameters if rule is not None else ()

@@ -1,0 +1,305 @@
+"""Raw candidates of a test set on disk: Parquet shards written while the network runs, read by every later question.
+
+A store is a folder::
+
+    store.json            what it was made of (the fingerprint) and how it is cut into shards
+    00000.parquet         images 0 to shard_size - 1 of the data set, in its order; one row an image
+    00000.parquet.sha256  its checksum, as ``sha256sum -c`` reads it
+    ...
+
+Columns of a shard: ``img_id`` (int64 or string), ``height`` and ``width`` (int32, pixels of the original image), and six
+lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image), ``score``
+(float32) and ``label`` (int32). Values are the float32 the network gave, bit for bit; half precision would move AP.
+Parquet's byte-stream-split encoding and zstd make 21 raw bytes about 17. Nothing in it can run code when read.
+
+A shard is finished when it and its checksum are there, both written whole and renamed. The bytes depend on nothing but the
+candidates, so a run that was killed and taken up again, or spread over processes, leaves the same files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from mmengine.structures import InstanceData
+
+FORMAT = 'mmdet_softnms candidates 1'
+_FLOATS = ('x1', 'y1', 'x2', 'y2', 'score')
+
+
+class ReevaluationError(RuntimeError):
+    """The input of a re-evaluation cannot be used; the message is one line with the remedy."""
+
+
+@dataclass
+class ImageCandidates:
+    """Raw candidates of one test image, boxes in original image scale."""
+
+    img_id: Any
+    ori_shape: tuple[int, int]  # height, width in pixels
+    candidates: InstanceData  # bboxes (N, 4) float32 xyxy, scores (N,) float32, labels (N,) int64; on the CPU
+
+
+@dataclass
+class Candidates(Sequence[ImageCandidates]):
+    """Candidates of a whole test set in flat arrays; those of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
+
+    img_ids: list[Any]
+    shapes: np.ndarray  # (I, 2) int32: height, width
+    offsets: np.ndarray  # (I + 1,) int64
+    bboxes: np.ndarray  # (N, 4) float32
+    scores: np.ndarray  # (N,) float32
+    labels: np.ndarray  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.img_ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'image {index} of {len(self)}')
+        index %= len(self)
+        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        candidates = InstanceData(
+            bboxes=torch.from_numpy(self.bboxes[rows]),
+            scores=torch.from_numpy(self.scores[rows]),
+            labels=torch.from_numpy(self.labels[rows]),
+        )
+        height, width = map(int, self.shapes[index])
+        return ImageCandidates(self.img_ids[index], (height, width), candidates)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of all images together."""
+        return len(self.scores)
+
+    @classmethod
+    def of(cls, images: Sequence[ImageCandidates]) -> 'Candidates':
+        """Lay the candidates of single images end to end."""
+        lengths = [len(image.candidates) for image in images]
+        empty = InstanceData(bboxes=torch.empty(0, 4), scores=torch.empty(0), labels=torch.empty(0, dtype=torch.int64))
+        parts = [image.candidates for image in images] or [empty]
+        return cls(
+            [image.img_id for image in images],
+            np.array([image.ori_shape for image in images], np.int32).reshape(-1, 2),
+            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+            *(torch.cat([part[key] for part in parts]).numpy() for key in ('bboxes', 'scores', 'labels')),
+        )
+
+    def share(self, folder: Path) -> None:
+        """Write the arrays so that other processes can map them into memory with :meth:`shared`."""
+        for name in ('shapes', 'offsets', 'bboxes', 'scores', 'labels'):
+            np.save(folder / f'{name}.npy', getattr(self, name))
+        (folder / 'img_ids.json').write_text(json.dumps(self.img_ids))
+
+    @classmethod
+    def shared(cls, folder: Path) -> 'Candidates':
+        """Map what :meth:`share` wrote; one copy in memory, however many processes look at it."""
+        # Copy-on-write, because torch does not like arrays it may not write to.
+        names = ('shapes', 'offsets', 'bboxes', 'scores', 'labels')
+        arrays = [np.asarray(np.load(folder / f'{name}.npy', mmap_mode='c')) for name in names]
+        return cls(json.loads((folder / 'img_ids.json').read_text()), *arrays)
+
+
+class CandidateStore:
+    """One folder of shards.
+
+    Args:
+        folder: where it is.
+        manifest: what ``store.json`` holds: ``fingerprint`` (of what the candidates were made), ``num_images``,
+            ``shard_size``.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.fingerprint: dict[str, Any] = manifest['fingerprint']
+        self.num_images: int = manifest['num_images']
+        self.shard_size: int = manifest['shard_size']
+        self.num_shards = -(-self.num_images // self.shard_size)
+
+    @classmethod
+    def create(cls, folder: Path, fingerprint: dict[str, Any], num_images: int, shard_size: int) -> 'CandidateStore':
+        """Make an empty store; one of the same content that is there already is taken up."""
+        manifest = dict(format=FORMAT, num_images=num_images, shard_size=shard_size, fingerprint=fingerprint)
+        write_whole(folder / 'store.json', (json.dumps(manifest, indent=1, sort_keys=True) + '\n').encode())
+        return cls(folder, manifest)
+
+    @classmethod
+    def open(cls, folder: Path) -> 'CandidateStore':
+        """Open a store that is there.
+
+        Raises:
+            ReevaluationError: ``store.json`` is missing, damaged, or of another format.
+        """
+        path = folder / 'store.json'
+        try:
+            manifest = json.loads(path.read_text())
+            if manifest['format'] != FORMAT:
+                raise ReevaluationError(f'{path} is of format {manifest["format"]!r}, not {FORMAT!r}; delete {folder}')
+            return cls(folder, manifest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ReevaluationError(
+                f'{folder} is not a store of candidates ({type(error).__name__}: {error}); give a folder that '
+                'tools/reevaluate.py made (DIR/candidates/...), or delete it'
+            ) from error
+
+    def images_of(self, shard: int) -> range:
+        """Data set indices of a shard's images."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+    def path_of(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.folder / f'{shard:05d}.parquet'
+
+    def write(self, shard: int, images: Sequence[ImageCandidates]) -> None:
+        """Write one shard whole.
+
+        Raises:
+            OSError: no space, no permission; finished shards and this shard's earlier state are intact.
+        """
+        if len(images) != len(self.images_of(shard)):
+            raise ValueError(f'shard {shard} takes {len(self.images_of(shard))} images, got {len(images)}')
+        content = _encode(images, shard, self._mark)
+        path = self.path_of(shard)
+        checksum = f'{hashlib.sha256(content).hexdigest()}  {path.name}\n'
+        # The checksum first: a shard without one would have to be computed again.
+        write_whole(path.with_name(path.name + '.sha256'), checksum.encode())
+        write_whole(path, content)
+
+    def check(self) -> dict[int, str]:
+        """Unfinished shards and why: ``{number: 'missing' | what is wrong with it}``; reads every byte."""
+        return {shard: problem for shard in range(self.num_shards) if (problem := self._problem(shard))}
+
+    def _problem(self, shard: int) -> str | None:
+        path = self.path_of(shard)
+        if not path.is_file():
+            return 'missing'
+        checksum = path.with_name(path.name + '.sha256')
+        try:
+            content = path.read_bytes()
+            if not checksum.is_file():
+                return 'has no checksum'
+            if checksum.read_text().split()[:1] != [hashlib.sha256(content).hexdigest()]:
+                return 'is damaged: its SHA-256 is not the recorded one'
+            metadata = pq.read_metadata(pa.BufferReader(content)).metadata or {}
+        except (OSError, pa.ArrowException) as error:
+            return f'cannot be read: {error}'
+        if metadata.get(b'store') != self._mark or metadata.get(b'shard') != str(shard).encode():
+            return 'is foreign: it belongs to another store or place'
+        return None
+
+    @property
+    def _mark(self) -> bytes:
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest().encode()
+
+    def __iter__(self) -> Iterator[Candidates]:
+        """Candidates shard by shard, in data set order."""
+        for shard in range(self.num_shards):
+            yield _decode(self.path_of(shard))
+
+    def load(self) -> Candidates:
+        """Read everything into flat arrays."""
+        parts = list(self)
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return Candidates(
+            [img_id for part in parts for img_id in part.img_ids],
+            np.concatenate([part.shapes for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ('bboxes', 'scores', 'labels')),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards on disk."""
+        return sum(self.path_of(shard).stat().st_size for shard in range(self.num_shards))
+
+
+def find_stores(folder: Path) -> list[CandidateStore]:
+    """The stores below a folder that can be opened; anything else there is left alone."""
+    stores = []
+    for path in sorted(folder.glob('*/store.json')):
+        try:
+            stores.append(CandidateStore.open(path.parent))
+        except ReevaluationError:
+            continue  # of another version, or half a folder that somebody deletes
+    return stores
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; an earlier one stays until the new one is complete and on disk.
+
+    Raises:
+        OSError: no permission or no space; the earlier file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memoryview:
+    flat = Candidates.of(images)
+    offsets = pa.array(flat.offsets.astype(np.int32))
+
+    def lists(values: np.ndarray) -> pa.ListArray:
+        return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values)))
+
+    columns: dict[str, Any] = dict(
+        img_id=pa.array(flat.img_ids), height=pa.array(flat.shapes[:, 0]), width=pa.array(flat.shapes[:, 1])
+    )
+    for position, name in enumerate(_FLOATS[:4]):
+        columns[name] = lists(flat.bboxes[:, position])
+    columns['score'] = lists(flat.scores)
+    columns['label'] = lists(flat.labels.astype(np.int32))
+    table = pa.table(columns).replace_schema_metadata({'store': mark, 'shard': str(shard)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=len(images),
+        compression='zstd',
+        compression_level=3,
+        use_dictionary=['label.list.element'],
+        use_byte_stream_split=[f'{name}.list.element' for name in _FLOATS],
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return memoryview(sink.getvalue())
+
+
+def _decode(path: Path) -> Candidates:
+    try:
+        table = pq.read_table(path, use_threads=False).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise ReevaluationError(f'{path} cannot be read: {error}; run again, and it is computed anew') from error
+
+    def flat(name: str) -> Any:
+        column = table[name]
+        return (column.chunk(0) if column.num_chunks else column.combine_chunks()).flatten().to_numpy()
+
+    lists = table['score'].chunk(0)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return Candidates(
+        table['img_id'].to_pylist(),
+        np.stack([table['height'].to_numpy(), table['width'].to_numpy()], 1),
+        offsets - offsets[0],
+        np.stack([flat(name) for name in _FLOATS[:4]], 1),
+        flat('score'),
+        flat('label').astype(np.int64),
+    )

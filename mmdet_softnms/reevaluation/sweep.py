@@ -1,0 +1,240 @@
+"""Many settings over the same candidates: every core of the machine, every rank of a launcher, and nothing done twice.
+
+Each finished row is appended to ``sweep-partial-RANK.jsonl`` in the work directory, so that an interrupted sweep goes on
+where it stopped; the files are deleted once ``reevaluation.json`` holds all rows.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info, get_local_size
+from mmengine.structures import InstanceData
+
+from mmdet_softnms.post_process import suppress
+from mmdet_softnms.reevaluation.metrics import Evaluator, GroundTruth
+from mmdet_softnms.reevaluation.selection import Matches, Objects, match
+from mmdet_softnms.reevaluation.settings import Setting
+from mmdet_softnms.reevaluation.store import Candidates, ImageCandidates, ReevaluationError
+
+#: Below so many image evaluations (15 to 30 s), starting processes costs more than it saves.
+_WORTH_PROCESSES = 20_000
+
+
+@dataclass
+class Row:
+    """One row of a re-evaluation; metrics in [0, 1], unrounded, -1 where undefined."""
+
+    rule: str
+    params: dict[str, Any]
+    metrics: dict[str, float]
+    seconds: float  # spent on suppression, all images together
+    metric_seconds: float  # spent on scoring
+    source: str  # 'table' or 'config'
+    per_class: dict[str, float]  # AP of every class with an object
+    precision: dict[str, list[float]]  # per IoU threshold: mean precision over classes at recall 0, 0.01, ... 1
+
+
+def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
+    """Detections of every image under a setting, by the same function a live model uses."""
+    return [suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images]
+
+
+def evaluate(candidates: Sequence[ImageCandidates], setting: Setting, evaluator: Evaluator) -> Row:
+    """Suppress the candidates of every image and score the detections."""
+    start = time.perf_counter()
+    results = detections(candidates, setting)
+    suppressed = time.perf_counter()
+    scores = evaluator(results)
+    return Row(
+        setting.name,
+        setting.params,
+        scores.metrics,
+        suppressed - start,
+        time.perf_counter() - suppressed,
+        setting.source,
+        scores.per_class,
+        scores.precision,
+    )
+
+
+def evaluate_all(
+    candidates: Candidates,
+    settings: Sequence[Setting],
+    truth: GroundTruth,
+    *,
+    work_dir: Path | None = None,
+    identity: str = '',
+    processes: int | None = None,
+    on_row: Callable[[Row, int, int], None] = lambda row, done, total: None,
+) -> list[Row]:
+    """Rows of all settings, in their order, on every process.
+
+    Args:
+        candidates: of the whole test set.
+        settings: what to apply.
+        truth: the ground truth of the same images.
+        work_dir: where finished rows are kept until all are there; None: nowhere.
+        identity: of candidates and ground truth; kept rows of another are not used.
+        processes: of this machine together; None: one a core, or none beside this one where there is little to do.
+        on_row: called with (row, rows done, rows in all) of this rank after each row.
+    """
+    rank, world_size = get_dist_info()
+    done: list[Any] = [_read_partial(work_dir, identity, settings) if work_dir and rank == 0 else {}]
+    broadcast_object_list(done)
+    rows: dict[int, Row] = done[0]
+    own = [number for number in range(len(settings)) if number not in rows][rank::world_size]
+    partial = work_dir / f'sweep-partial-{rank}.jsonl' if work_dir else None
+    if partial and own:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    for number, row in rows.items():
+        on_row(row, number + 1, len(settings))
+    finished = len(rows)
+    mine = {}
+    for number, row in _run(_evaluate, candidates, settings, own, truth, processes):
+        mine[number] = row
+        if partial:
+            _append(partial, dict(identity=identity, setting=_key(settings[number]), row=asdict(row)))
+        finished += 1
+        on_row(row, finished, len(rows) + len(own))
+    barrier()
+    for part in all_gather_object(mine):
+        rows |= part
+    return [rows[number] for number in range(len(settings))]
+
+
+def forget_partial(work_dir: Path) -> None:
+    """Delete the kept rows of a sweep that is complete."""
+    for path in work_dir.glob('sweep-partial-*.jsonl'):
+        path.unlink(missing_ok=True)
+
+
+def _key(setting: Setting) -> str:
+    return f'{setting.source} {setting.name} {setting.params}'
+
+
+def _append(path: Path, content: dict[str, Any]) -> None:
+    line = f'\n{json.dumps(content)}\n'.encode()  # begun anew, should the last line be one that a kill cut
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(file, line)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _read_partial(work_dir: Path, identity: str, settings: Sequence[Setting]) -> dict[int, Row]:
+    numbers = {_key(setting): number for number, setting in enumerate(settings)}
+    rows = {}
+    for path in work_dir.glob('sweep-partial-*.jsonl'):
+        for line in path.read_text().split('\n'):
+            try:
+                content = json.loads(line)
+            except ValueError:
+                continue  # empty, or a line that a kill cut
+            if content['identity'] == identity and content['setting'] in numbers:
+                rows[numbers[content['setting']]] = Row(**content['row'])
+    return rows
+
+
+def match_all(
+    candidates: Candidates,
+    settings: Sequence[Setting],
+    truth: GroundTruth,
+    *,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Matches]:
+    """Detections of every setting matched to the objects, for the choice of a setting; arguments of :func:`evaluate_all`."""
+    matches = {}
+    for number, found in _run(_match, candidates, settings, list(range(len(settings))), truth, processes):
+        matches[number] = found
+        progress(len(matches), len(settings))
+    return [matches[number] for number in range(len(settings))]
+
+
+class _Scorer:
+    """What a process needs to work on settings; each part made when it is first used."""
+
+    def __init__(self, candidates: Candidates, truth: GroundTruth) -> None:
+        self.candidates, self.truth = candidates, truth
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.truth)
+
+    @functools.cached_property
+    def objects(self) -> Objects:
+        return Objects.of(self.truth)
+
+
+def _evaluate(scorer: _Scorer, setting: Setting) -> Row:
+    return evaluate(scorer.candidates, setting, scorer.evaluator)
+
+
+def _match(scorer: _Scorer, setting: Setting) -> Matches:
+    return match(detections(scorer.candidates, setting), scorer.objects)
+
+
+def _run(
+    work: Callable[[_Scorer, Setting], Any],
+    candidates: Candidates,
+    settings: Sequence[Setting],
+    numbers: list[int],
+    truth: GroundTruth,
+    processes: int | None,
+) -> Iterator[tuple[int, Any]]:
+    """Work on some settings, here or in processes of this machine, and yield results as they come."""
+    if processes is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        processes = max(1, cores // (get_local_size() if get_dist_info()[1] > 1 else 1))
+        if len(numbers) * len(candidates) < _WORTH_PROCESSES:
+            processes = 1
+    processes = min(processes, len(numbers))
+    if processes <= 1:
+        scorer = _Scorer(candidates, truth)
+        for number in numbers:
+            yield number, work(scorer, settings[number])
+        return
+    # Started anew, not forked: this process may hold CUDA, OpenMP threads and a data loader. The candidates are mapped.
+    with tempfile.TemporaryDirectory(prefix='mmdet_softnms_') as folder:
+        candidates.share(Path(folder))
+        (Path(folder) / 'truth.pickle').write_bytes(pickle.dumps(truth))
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _start_worker, (folder,))
+        try:
+            futures = {pool.submit(_work, work, settings[number]): number for number in numbers}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise ReevaluationError(
+                'a process of the sweep died (out of memory?); finished rows are kept: run again, with --processes 1 if '
+                'memory is short'
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: list[_Scorer] = []  # of a worker process: its one scorer
+
+
+def _start_worker(folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and says so once
+    torch.set_num_threads(1)
+    truth = pickle.loads((Path(folder) / 'truth.pickle').read_bytes())
+    _worker[:] = [_Scorer(Candidates.shared(Path(folder)), truth)]
+
+
+def _work(work: Callable[[_Scorer, Setting], Any], setting: Setting) -> Any:
+    return work(_worker[0], setting)
