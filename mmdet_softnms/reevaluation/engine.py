@@ -248,6 +248,11 @@ def choose(
                     'reported flatters; use --tune-on folds, or name another split (--cfg-options)'
                 )
             val_set = None if common else val_set
+            if val_set is not None and is_distributed():
+                raise ReevaluationError(
+                    'a tuning split needs a second forward pass, and the other processes are done; run --select again '
+                    'without the launcher (the candidates of the test set are found), or give --tune-on folds'
+                )
         elif tune_on == 'val':
             raise ReevaluationError('the config has no val_dataloader to tune on; use --tune-on folds')
     threads = processes or os.cpu_count() or 1

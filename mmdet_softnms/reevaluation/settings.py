@@ -56,19 +56,15 @@ class Setting:
         """Hard NMS at IoU 0.5, the reference of its group."""
         return type(self.rule) is HardNMS and self.source == 'table' and self.rule.params == HardNMS().params
 
-    @property
-    def snippet(self) -> str:
-        """The lines to paste into a config that has this setting."""
-        nms = f'type={self.name!r}'
-        if not isinstance(self.rule, MmcvNMS):
-            scope = type(self.rule).__module__.split('.')[0]
-            nms = f"type='{scope}.{self.name}'"
+    def snippet(self, roi_head: str) -> str:
+        """The lines to paste into a config that has this setting; ``roi_head`` of :mod:`mmdet_softnms.roi_heads`."""
+        kind = self.name if isinstance(self.rule, MmcvNMS) else f'{type(self.rule).__module__.split(".")[0]}.{self.name}'
         arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
-        nms = ', '.join(['_delete_=True', nms, *(f'{name}={value!r}' for name, value in arguments.items())])
+        nms = ', '.join([f'type={kind!r}', *(f'{name}={value!r}' for name, value in arguments.items())])
         return (
-            "model = dict(\n    roi_head=dict(type='mmdet_softnms.{head}'),\n"
+            f"model = dict(\n    roi_head=dict(type='mmdet_softnms.{roi_head.split('.')[-1]}'),\n"
             f'    test_cfg=dict(rcnn=dict(score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n'
-            f'        {nms}))))'
+            f'        _delete_=True, {nms}))))'
         )
 
 
