@@ -287,23 +287,27 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
     points = sorted(points, key=lambda point: point[0])
     values = [value for value, _ in points]
     symbol = {'sigma': 'σ', 'iou_threshold': 'N_t (IoU threshold)'}.get(name, name)
-    figure = Figure(figsize=(6.4, 4.2), layout='constrained')
-    axes = figure.subplots()
-    for number, threshold in enumerate(AP_NAMES):
-        colour = colormaps['viridis'](number / (len(AP_NAMES) - 1))
-        axes.plot(
-            values, [100 * row.metrics[threshold] for _, row in points], color=colour, lw=1,
-            label=f'AP at IoU {IOU_THRS[number]:.2f}',
-        )  # fmt: skip
-    axes.plot(values, [100 * row.metrics['AP'] for _, row in points], 'o-', color='black', lw=2, ms=4, label='AP')
     baseline = baseline_of(points[0][1], rows)
+    figure = Figure(figsize=(12, 4.2), layout='constrained')
+    absolute, gains = figure.subplots(1, 2)
+    for axes, reference in ((absolute, None), (gains, baseline)):
+        for number, metric in enumerate((*AP_NAMES, 'AP')):
+            values_of = [row.metrics[metric] - (reference.metrics[metric] if reference else 0.0) for _, row in points]
+            if metric == 'AP':
+                style: dict[str, Any] = dict(color='black', marker='o', lw=2, ms=4, label='AP')
+            else:
+                colour = colormaps['viridis'](number / (len(AP_NAMES) - 1))
+                style = dict(color=colour, lw=1, label=f'AP at IoU {IOU_THRS[number]:.2f}')
+            axes.plot(values, [100 * value for value in values_of], **style)
+        if min(values) > 0 and max(values) / min(values) >= 100:
+            axes.set_xscale('log')
+        axes.set(xlabel=symbol, ylabel='%' if reference is None else 'points over hard NMS, IoU 0.5')
+        axes.grid(alpha=0.3)
     if baseline is not None:
-        axes.axhline(100 * baseline.metrics['AP'], color='black', ls='--', lw=1, label='AP of hard NMS, IoU 0.5')
-    if min(values) > 0 and max(values) / min(values) >= 100:
-        axes.set_xscale('log')
-    axes.set(title=f'{rule} {method} over {symbol}'.replace('  ', ' '), xlabel=symbol, ylabel='%')
-    axes.grid(alpha=0.3)
-    figure.legend(loc='outside right center', fontsize=7, frameon=False)
+        absolute.axhline(100 * baseline.metrics['AP'], color='black', ls='--', lw=1, label='AP of hard NMS, IoU 0.5')
+        gains.axhline(0, color='black', ls='--', lw=1)
+    figure.suptitle(' '.join(word for word in (rule, method, 'over', symbol) if word))
+    figure.legend(*absolute.get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
     return figure
 
 

@@ -14,8 +14,11 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdet_softnms.reevaluation.candidates import ReevaluationError, collect, plug
-from mmdet_softnms.reevaluation.engine import default_settings, detections, reevaluate
+from mmdet_softnms.reevaluation.candidates import collect, plug
+from mmdet_softnms.reevaluation.engine import reevaluate
+from mmdet_softnms.reevaluation.settings import default_settings
+from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.reevaluation.sweep import detections
 from tests.tiny_dataset import CLASSES, make_project
 
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -51,7 +54,7 @@ def test_reevaluation_equals_the_live_run(project, kind, nms, row, tmp_path):
     cfg = Config.fromfile(config)
     live = _live(config, project.checkpoint, nms, tmp_path / 'live.pkl')
 
-    images = collect(cfg, project.checkpoint, 1e-3)
+    images = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store.load()
     ours = detections(images, default_settings(cfg, 1e-3, 100, 1e-3)[row])
     assert [image.img_id for image in images] == [result['img_id'] for result in live]
     for one, result in zip(ours, live, strict=True):
@@ -137,7 +140,8 @@ def test_the_configs_own_row_is_mmdets_own_result(project, tmp_path):
     subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
     live = pickle.loads(out.read_bytes())
     setting = default_settings(cfg, 1e-3, 100, 1e-3)[3]
-    for one, result in zip(detections(collect(cfg, project.checkpoint, 1e-3), setting), live, strict=True):
+    images = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store.load()
+    for one, result in zip(detections(images, setting), live, strict=True):
         for key in ('bboxes', 'scores', 'labels'):
             torch.testing.assert_close(one[key], result['pred_instances'][key], rtol=0, atol=0)
 
@@ -181,8 +185,8 @@ def test_thresholds_out_of_range_are_refused(project, thresholds):
         reevaluate(Config.fromfile(project.coco_config), project.checkpoint, **thresholds)
 
 
-def test_a_config_dumped_after_its_model_was_built_is_accepted(project):
+def test_a_config_dumped_after_its_model_was_built_is_accepted(project, tmp_path):
     """mmdet's detectors write test_cfg into the head's config, and ConfigDict.update merges."""
     cfg = Config.fromfile(project.coco_config)
     cfg.model.roi_head.test_cfg = cfg.model.test_cfg.rcnn
-    assert collect(cfg, project.checkpoint, 0.5) is not None
+    assert collect(cfg, project.checkpoint, 0.5, tmp_path).forward_images == 6
