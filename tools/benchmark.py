@@ -14,6 +14,10 @@ on the same candidates, in one run, in turns. The candidates are drawn, but shap
 
 ``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against its definition in plain PyTorch and,
 where torchvision is installed, against its operator.
+
+``sweep``: many suppression settings over the stored candidates of a drawn test set the size of COCO val2017: 5,000 of the
+scenes above with 7 objects each, 80 classes. Tells the size of the store and how the time divides into reading it,
+suppression and COCO metrics.
 """
 
 import argparse
@@ -68,8 +72,16 @@ class Candidates(NamedTuple):
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 
+def scene_objects(generator: torch.Generator, num: int, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres (num, 2) and sizes (num, 2) in pixels and classes (num,) of a scene's objects, drawn first of all."""
+    centres = torch.rand(num, 2, generator=generator) * torch.tensor([WIDTH, HEIGHT])
+    sizes = 32 * 12 ** torch.rand(num, 1, generator=generator)  # 32 to 384 px
+    sizes = sizes * (0.3 * torch.randn(num, 2, generator=generator)).exp()
+    return centres, sizes, torch.randint(num_classes, (num,), generator=generator)
+
+
 def detector_candidates(
-    num: int, num_classes: int, num_proposals: int = 1000, kind: str | None = None, seed: int = 0
+    num: int, num_classes: int, num_proposals: int = 1000, kind: str | None = None, seed: int = 0, num_objects: int = 20
 ) -> Candidates:
     """The ``num`` candidates of highest score of the scene in the module's docstring."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,11 +90,8 @@ def detector_candidates(
         return torch.randn(shape, generator=generator)
 
     image = torch.tensor([WIDTH, HEIGHT])
-    objects = torch.rand(20, 2, generator=generator) * image
-    sizes = (32 * 12 ** torch.rand(20, 1, generator=generator)) * (0.3 * normal(20, 2)).exp()  # 32 to 384 px
-    classes = torch.randint(num_classes, (20,), generator=generator)
-
-    nearest = torch.randint(20, (num_proposals,), generator=generator)
+    objects, sizes, classes = scene_objects(generator, num_objects, num_classes)
+    nearest = torch.randint(num_objects, (num_proposals,), generator=generator)
     stray = torch.rand(num_proposals, generator=generator) < 0.2
     centres = objects[nearest] + 0.1 * sizes[nearest] * normal(num_proposals, 2)
     centres[stray] = torch.rand(int(stray.sum()), 2, generator=generator) * image
@@ -439,6 +448,99 @@ def run_pool(arguments: argparse.Namespace) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+# --- sweep ------------------------------------------------------------------------------------------------------------
+
+
+def run_sweep(arguments: argparse.Namespace) -> None:
+    """Draw a test set, store its candidates, and sweep over them, timing each part."""
+    import tempfile
+
+    from mmengine.structures import InstanceData
+
+    from mmdet_softnms.reevaluation.metrics import GroundTruth
+    from mmdet_softnms.reevaluation.settings import Setting
+    from mmdet_softnms.reevaluation.store import CandidateStore, ImageCandidates
+    from mmdet_softnms.reevaluation.sweep import evaluate_all
+    from mmdet_softnms.rules import HardNMS, SoftNMS
+
+    num_classes = 80
+    annotations: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        store = CandidateStore.create(Path(folder) / 'store', {'drawn': True}, arguments.images, 64)
+        task = progress.add_task('drawing', total=arguments.images)
+        writing = 0.0
+        for shard in range(store.num_shards):
+            images = []
+            for number in store.images_of(shard):
+                drawn = detector_candidates(arguments.candidates, num_classes, seed=number, num_objects=7)
+                found = InstanceData(bboxes=drawn.boxes, scores=drawn.scores, labels=drawn.labels)
+                images.append(ImageCandidates(number + 1, (HEIGHT, WIDTH), found))
+                objects = scene_objects(torch.Generator().manual_seed(number), 7, num_classes)
+                for centre, size, label in zip(*objects, strict=True):
+                    low = (centre - size / 2).clamp(min=0)
+                    width, height = (torch.minimum(centre + size / 2, torch.tensor([WIDTH, HEIGHT])) - low).tolist()
+                    annotations.append(
+                        dict(id=len(annotations) + 1, image_id=number + 1, category_id=int(label) + 1, iscrowd=0,
+                             bbox=[*low.tolist(), width, height], area=width * height)
+                    )  # fmt: skip
+                progress.advance(task)
+            start = time.perf_counter()
+            store.write(shard, images)
+            writing += time.perf_counter() - start
+        image_ids = list(range(1, arguments.images + 1))
+        coco = dict(
+            images=[dict(id=image_id) for image_id in image_ids],
+            annotations=annotations,
+            categories=[dict(id=number, name=str(number)) for number in range(1, num_classes + 1)],
+        )
+        truth = GroundTruth(tuple(map(str, range(1, num_classes + 1))), coco, image_ids, list(range(1, num_classes + 1)))
+        rules = [HardNMS(0.5)]
+        for number in range(1, arguments.settings):
+            value = round(number / arguments.settings, 4)
+            rules.append(SoftNMS('gaussian', sigma=value) if number % 2 else SoftNMS('linear', iou_threshold=value))
+        settings = [Setting(rule, 1e-3, 100) for rule in rules]
+        start = time.perf_counter()
+        assert not store.check()
+        candidates = store.load()
+        reading = time.perf_counter() - start
+        task = progress.add_task('settings', total=arguments.settings)
+        rows = evaluate_all(
+            candidates,
+            settings,
+            truth,
+            processes=arguments.processes,
+            on_row=lambda row, done, total: progress.update(task, completed=done),
+        )
+        wall = time.perf_counter() - start
+        bytes_each = store.num_bytes / candidates.num_candidates
+    suppression, metric = sum(row.seconds for row in rows), sum(row.metric_seconds for row in rows)
+    cpu = reading + suppression + metric
+    about = machine()
+    result = dict(
+        images=arguments.images,
+        objects=len(annotations),
+        candidates=candidates.num_candidates,
+        settings=arguments.settings,
+        bytes_per_candidate=bytes_each,
+        writing_seconds=writing,
+        wall_seconds=wall,
+        reading_seconds=reading,
+        suppression_seconds=suppression,
+        metric_seconds=metric,
+    )
+    table = Table(title=f'{arguments.settings} settings over {arguments.images:,} images', show_header=False)
+    table.add_row('candidates', f'{candidates.num_candidates:,}; {bytes_each:.2f} bytes each in the store')
+    table.add_row('whole sweep', f'{wall:.1f} s')
+    table.add_row('reading and checking', f'{reading:.2f} s, {100 * reading / cpu:.1f} % of the work')
+    table.add_row('suppression', f'{suppression / len(rows):.2f} s a setting, {100 * suppression / cpu:.1f} %')
+    table.add_row('metrics', f'{metric / len(rows):.2f} s a setting, {100 * metric / cpu:.1f} %')
+    Console(width=120).print(table)
+    print('; '.join(f'{name} {value}' for name, value in about.items()))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write(arguments.out / 'benchmark_sweep.json', json.dumps({'machine': about, 'sweep': result}, indent=1))
+
+
 def require_peers() -> None:
     """One clear line instead of a traceback from inside a package."""
     try:
@@ -514,6 +616,13 @@ def parser() -> argparse.ArgumentParser:
     pool = commands.add_parser('pool', help='position-sensitive RoI pooling against the naive form and torchvision')
     pool.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
     pool.set_defaults(run=run_pool)
+    sweep = commands.add_parser('sweep', help='many settings over the stored candidates of a test set')
+    sweep.add_argument('--images', type=positive, default=5000, help='of the drawn test set (default: 5000)')
+    sweep.add_argument('--candidates', type=positive, default=1500, help='of each image (default: 1500)')
+    sweep.add_argument('--settings', type=positive, default=50, help='to sweep over (default: 50)')
+    sweep.add_argument('--processes', type=positive, help='default: one a core')
+    sweep.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_sweep.json there')
+    sweep.set_defaults(run=run_sweep)
     return result
 
 

@@ -274,11 +274,11 @@ def choose(
             say=say,
         )
         found = match_all(collected.store.load(), session.settings, truth, processes=processes)
-        tuning = found, Objects.of(truth).counts
+        tuning = found, Objects.of(truth)
     return select(
         session.settings,
         matches,
-        Objects.of(session.truth).counts,
+        Objects.of(session.truth),
         tuning=tuning,
         criterion=criterion,
         num_folds=num_folds,

@@ -264,7 +264,9 @@ def _interpolated(precision, recall, hits, recalls):  # type: ignore[no-untyped-
     return (total + best * (level + 1)) / len(recalls)
 
 
-def pool_folds(matches: Sequence[Matches], chosen: Sequence[int], folds: np.ndarray) -> Matches:
+def pool_folds(
+    matches: Sequence[Matches], chosen: Sequence[int], folds: np.ndarray, image_order: np.ndarray
+) -> Matches:
     """Detections of the images of each fold under the setting chosen for it, ranked together."""
     parts = [np.flatnonzero(folds[matches[setting].image] == fold) for fold, setting in enumerate(chosen)]
 
@@ -278,7 +280,7 @@ def pool_folds(matches: Sequence[Matches], chosen: Sequence[int], folds: np.ndar
         [np.searchsorted(matches[setting].starts, part, side='right') - 1 for setting, part in zip(chosen, parts, strict=True)]
     )
     image, score = gather('image'), gather('score')
-    order = np.lexsort((image, -score, label))
+    order = np.lexsort((image_order[image], -score, label))
     starts = np.searchsorted(label[order], np.arange(num_classes + 1))
     names = ('image', 'score', 'true', 'ignored', 'row', 'object50')
     image, score, true, ignored, row, object50 = (gather(name)[order] for name in names)
@@ -332,9 +334,9 @@ class Selection:
 def select(
     settings: Sequence[Setting],
     matches: Sequence[Matches],
-    counts: np.ndarray,
+    objects: Objects,
     *,
-    tuning: tuple[Sequence[Matches], np.ndarray] | None = None,
+    tuning: tuple[Sequence[Matches], Objects] | None = None,
     criterion: str = 'AP',
     num_folds: int = 5,
     resamples: int = 1000,
@@ -349,8 +351,8 @@ def select(
         settings: what to choose from, each with a baseline of its group among them. The config's own row is reported, but
             never chosen: it is not of the grid.
         matches: of each setting on the images to report on.
-        counts: (I, K) objects that are no crowd there (:class:`Objects`).
-        tuning: matches and counts on a split of its own to tune on; None: k-fold over the images.
+        objects: of these images.
+        tuning: matches and objects on a split of its own to tune on; None: k-fold over the images.
         criterion: one of :data:`CRITERIA`.
         num_folds: without a tuning split.
         resamples: of the bootstrap, at least 1,000.
@@ -362,6 +364,7 @@ def select(
     Raises:
         ReevaluationError: too few images or resamples, an unknown criterion.
     """
+    counts = objects.counts
     num_images = len(counts)
     if criterion not in CRITERIA:
         raise ReevaluationError(f'--select takes {", ".join(CRITERIA)}, got {criterion}')
@@ -378,7 +381,7 @@ def select(
     with_folds = num_folds if tuning is None else 0
     jobs = [functools.partial(weighted_ap, one, counts, weights, folds, with_folds, criterion) for one in matches]
     if tuning is not None:
-        tuning_matches, tuning_counts = tuning
+        tuning_matches, tuning_counts = tuning[0], tuning[1].counts
         tuning_weights = bootstrap_weights(len(tuning_counts), resamples, seed + 2)
         nowhere = np.zeros(len(tuning_counts), np.int64)
         jobs += [
@@ -399,8 +402,10 @@ def select(
         return Selection(criterion, 'a split of its own', procedure, each, int(best[0]), [], resamples)
     without = np.stack([value[:, :-1] for value in values], 2)  # (B + 1, folds, S)
     best = grid[without[:, :, grid].argmax(2)]  # (B + 1, folds)
-    pooled = _pooled_ap(matches, best, counts, weights, folds, criterion, threads)
-    pooled_baseline = _pooled_ap(matches, np.array(baseline_of)[best], counts, weights, folds, criterion, threads)
+    pooled, pooled_baseline = (
+        _pooled_ap(matches, choice, objects, weights, folds, criterion, threads)
+        for choice in (best, np.array(baseline_of)[best])
+    )
     return Selection(
         criterion,
         f'{num_folds}-fold over images',
@@ -415,7 +420,7 @@ def select(
 def _pooled_ap(
     matches: Sequence[Matches],
     best: np.ndarray,
-    counts: np.ndarray,
+    objects: Objects,
     weights: np.ndarray,
     folds: np.ndarray,
     criterion: str,
@@ -427,8 +432,8 @@ def _pooled_ap(
     which = which.reshape(-1)
 
     def job(number: int) -> np.ndarray:
-        pooled = pool_folds(matches, choices[number].tolist(), folds)
-        return weighted_ap(pooled, counts, weights[which == number], folds, 0, criterion)[:, -1]
+        pooled = pool_folds(matches, choices[number].tolist(), folds, objects.image_order)
+        return weighted_ap(pooled, objects.counts, weights[which == number], folds, 0, criterion)[:, -1]
 
     for number, values in enumerate(_in_threads([functools.partial(job, n) for n in range(len(choices))], threads)):
         result[which == number] = values

@@ -1,0 +1,47 @@
+"""A drawn test set without images: objects, and candidates round them, for what comes after the network."""
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+
+from mmdet_softnms.reevaluation.metrics import GroundTruth
+from mmdet_softnms.reevaluation.store import Candidates, ImageCandidates
+
+
+def drawn_test_set(num_images: int = 30, num_classes: int = 4, seed: int = 0) -> tuple[Candidates, GroundTruth]:
+    """Candidates and ground truth with crowd, tied scores, close pairs, classes without objects, and empty images."""
+    random = np.random.default_rng(seed)
+    annotations, images = [], []
+    image_ids = (random.permutation(num_images) + 1).tolist()  # COCO's order is not the data set's
+    for number in range(num_images):
+        boxes, labels = [], []
+        for _ in range(int(random.integers(0, 7))):
+            label = int(random.integers(0, num_classes - 1))  # the last class has no object
+            x, y, w, h = *random.uniform(0, 300, 2), *random.uniform(8, 200, 2)
+            for shift in (0.0, 0.4)[: int(random.integers(1, 3))]:
+                annotations.append(
+                    dict(id=len(annotations) + 1, image_id=image_ids[number], category_id=label + 1,
+                         bbox=[x + shift * w, y, w, h], area=w * h * 0.7, iscrowd=int(random.random() < 0.1))
+                )  # fmt: skip
+                for _ in range(int(random.integers(3, 9))):
+                    noise = random.normal(0, 0.07, 4) * [w, h, w, h]
+                    boxes.append(np.array([x + shift * w, y, x + shift * w + w, y + h]) + noise)
+                    labels.append(label)
+        for _ in range(int(random.integers(0, 12)) if number else 0):
+            x, y, w, h = *random.uniform(0, 300, 2), *random.uniform(8, 200, 2)
+            boxes.append(np.array([x, y, x + w, y + h]))
+            labels.append(int(random.integers(0, num_classes)))
+        scores = np.round(0.98 * random.random(len(boxes)), 2)  # ties, within an image and between images
+        candidates = InstanceData(
+            bboxes=torch.tensor(np.array(boxes).reshape(-1, 4), dtype=torch.float32),
+            scores=torch.tensor(scores, dtype=torch.float32),
+            labels=torch.tensor(labels, dtype=torch.int64),
+        )
+        images.append(ImageCandidates(number, (500, 500), candidates))
+    coco = dict(
+        images=[dict(id=image_id) for image_id in image_ids],
+        annotations=annotations,
+        categories=[dict(id=label + 1, name=f'class {label}') for label in range(num_classes)],
+    )
+    classes = tuple(f'class {label}' for label in range(num_classes))
+    return Candidates.of(images), GroundTruth(classes, coco, image_ids, list(range(1, num_classes + 1)))

@@ -1,0 +1,135 @@
+"""Metrics: faster-coco-eval's numbers are pycocotools', and ground truth that cannot be used is refused."""
+
+import contextlib
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from mmdet_softnms.reevaluation.candidates import build_test_set
+from mmdet_softnms.reevaluation.metrics import AP_NAMES, COCO_STATS, RECALLS, Evaluator, read_ground_truth
+from mmdet_softnms.reevaluation.settings import Setting
+from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
+from tests.drawn import drawn_test_set
+from tests.tiny_dataset import make_project
+
+
+def _pycocotools(truth, results):
+    coco = COCO()
+    coco.dataset = copy.deepcopy(truth.coco)
+    found = [
+        dict(image_id=image_id, category_id=truth.category_ids[label], score=score, bbox=[x1, y1, x2 - x1, y2 - y1])
+        for image_id, result in zip(truth.image_ids, results, strict=True)
+        for (x1, y1, x2, y2), score, label in zip(
+            result.bboxes.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+@pytest.mark.parametrize('rule', [HardNMS(0.5), SoftNMS('gaussian'), SoftNMS('linear'), NoSuppression()], ids=str)
+@pytest.mark.parametrize('seed', [0, 1])
+def test_every_number_is_pycocotools(rule, seed):
+    candidates, truth = drawn_test_set(seed=seed)
+    results = detections(candidates, Setting(rule, 0.0, 100))
+    scores = Evaluator(truth)(results)
+    expected = _pycocotools(truth, results)
+    assert 0.05 < scores.metrics['AP'] < 0.95
+    for name, value in zip(COCO_STATS, expected.stats, strict=True):
+        assert scores.metrics[name] == pytest.approx(value, abs=1e-9), name
+    curves = expected.eval['precision'][:, :, :, 0, -1]
+    exists = curves[0, 0] > -1
+    assert exists.tolist() == [True, True, True, False]
+    for number, name in enumerate(AP_NAMES):
+        assert scores.metrics[name] == pytest.approx(curves[number][:, exists].mean(), abs=1e-9)
+        assert scores.precision[name] == pytest.approx(curves[number][:, exists].mean(1).tolist(), abs=1e-9)
+        assert len(scores.precision[name]) == len(RECALLS)
+    assert scores.per_class == pytest.approx(
+        {f'class {label}': curves[:, :, label].mean() for label in range(3)}, abs=1e-9
+    )
+
+
+def test_an_evaluator_can_be_used_again():
+    candidates, truth = drawn_test_set()
+    evaluator = Evaluator(truth)
+    first, _, again = (
+        evaluator(detections(candidates, Setting(rule, 0.0, 100))) for rule in (HardNMS(), SoftNMS(), HardNMS())
+    )
+    assert first == again
+
+
+def test_nothing_detected_is_zero():
+    candidates, truth = drawn_test_set()
+    scores = Evaluator(truth)(detections(candidates, Setting(HardNMS(), 0.999999, 100)))
+    assert scores.metrics['AP'] == scores.metrics['AR100'] == 0.0
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp('metrics'))
+
+
+def _with_annotations(project, tmp_path, change):
+    cfg = Config.fromfile(project.coco_config)
+    content = json.loads((project.root / 'coco.json').read_text())
+    change(content)
+    (tmp_path / 'changed.json').write_text(json.dumps(content))
+    dataset = build_test_set(cfg)
+    cfg.test_evaluator.ann_file = str(tmp_path / 'changed.json')
+    return cfg, dataset
+
+
+def _rename(content):
+    content['categories'].append(dict(id=9, name='yak'))
+    content['annotations'].append(dict(id=99, image_id=1, category_id=9, bbox=[0, 0, 9, 9], area=81, iscrowd=0))
+
+
+def test_classes_the_model_does_not_know_are_left_out_and_said_so(project, tmp_path):
+    truth = read_ground_truth(*_with_annotations(project, tmp_path, _rename))
+    assert truth.notes == [
+        '1 annotated objects are of classes the model does not know (yak) and are left out, as mmdet does.'
+    ]
+    assert {one['category_id'] for one in truth.coco['annotations']} <= {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda content: content['images'].pop(0), 'lacks 1 of the 6 test images, first id 1'),
+        (lambda content: content['annotations'][0].pop('bbox'), 'annotation 1 of .* has no bbox'),
+        (lambda content: content['annotations'].clear(), 'has no annotated object'),
+        (lambda content: content.pop('categories'), 'is not a COCO json: KeyError'),
+        (lambda content: [one.update(name='yak') for one in content['categories']], "none of the model's classes"),
+    ],
+)
+def test_annotations_that_cannot_be_used(project, tmp_path, change, words):
+    with pytest.raises(ReevaluationError, match=words):
+        read_ground_truth(*_with_annotations(project, tmp_path, change))
+
+
+def test_labels_follow_the_files_order_of_categories(project, tmp_path):
+    """As in mmdet's CocoDataset, whatever order the model's classes have."""
+    truth = read_ground_truth(*_with_annotations(project, tmp_path, lambda content: content['categories'].reverse()))
+    assert truth.category_ids == [5, 4, 3, 2, 1]
+
+
+def test_voc_ground_truth_keeps_difficult_objects_apart(project):
+    cfg = Config.fromfile(project.voc_config)
+    truth = read_ground_truth(cfg, build_test_set(cfg))
+    assert len(truth.voc) == 6
+    assert all(len(one['bboxes_ignore']) == 1 and len(one['bboxes']) >= 2 for one in truth.voc)
+    assert sum(one['iscrowd'] for one in truth.coco['annotations']) == 6
+    assert np.concatenate([one['bboxes'] for one in truth.voc]).dtype == np.float32

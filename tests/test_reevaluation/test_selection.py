@@ -1,0 +1,216 @@
+"""Choice of settings: resampled APs are COCO's on resampled data, and luck is not sold as skill."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+
+from mmdet_softnms.reevaluation.metrics import Evaluator
+from mmdet_softnms.reevaluation.pictures import image_ap
+from mmdet_softnms.reevaluation.selection import (
+    CRITERIA,
+    Objects,
+    bootstrap_weights,
+    match,
+    pool_folds,
+    select,
+    weighted_ap,
+)
+from mmdet_softnms.reevaluation.settings import Setting
+from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
+from mmdet_softnms.roi_heads import SoftNMSRoIHead
+from tests.drawn import drawn_test_set
+from tests.tiny import build, tiny_config
+
+RULES = [HardNMS(0.5), SoftNMS('gaussian'), NoSuppression()]
+NOWHERE = np.zeros(60, np.int64)
+
+
+@pytest.fixture(scope='module', params=[0, 1])
+def drawn(request):
+    return drawn_test_set(seed=request.param)
+
+
+def _results(candidates, rule, max_per_img=-1):
+    return detections(candidates, Setting(rule, 0.0, max_per_img))
+
+
+def _resampled(results, truth, drawn_images):
+    """Detections and ground truth in which images are really there as often as they were drawn."""
+    resampled = copy.deepcopy(truth)
+    resampled.image_ids = list(range(1, len(drawn_images) + 1))
+    resampled.coco['images'] = [dict(id=image_id) for image_id in resampled.image_ids]
+    resampled.coco['annotations'] = []
+    for new, image in enumerate(drawn_images, 1):
+        for one in truth.coco['annotations']:
+            if one['image_id'] == truth.image_ids[image]:
+                number = len(resampled.coco['annotations']) + 1
+                resampled.coco['annotations'].append(dict(one, id=number, image_id=new))
+    return [results[image] for image in drawn_images], resampled
+
+
+@pytest.mark.parametrize('rule', RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize('criterion', CRITERIA)
+def test_equal_weights_give_cocos_ap(drawn, rule, criterion):
+    candidates, truth = drawn
+    results, objects = _results(candidates, rule), Objects.of(truth)
+    value = weighted_ap(match(results, objects), objects.counts, np.ones((1, 30), np.int32), NOWHERE, 0, criterion)
+    assert value[0, 0] == pytest.approx(Evaluator(truth)(results).metrics[criterion], abs=1e-12)
+
+
+def test_more_than_100_detections_of_a_class_in_an_image(drawn):
+    candidates, truth = drawn
+    random = np.random.default_rng(0)
+    results = []
+    for result in _results(candidates, NoSuppression()):
+        more = torch.from_numpy(random.integers(0, len(result), 400)) if len(result) else torch.zeros(0, dtype=torch.int64)
+        repeated = result[more] if len(result) else result
+        results.append(InstanceData(bboxes=repeated.bboxes, scores=repeated.scores, labels=repeated.labels))
+    assert max(int(torch.bincount(result.labels).max()) for result in results if len(result)) > 100
+    objects = Objects.of(truth)
+    value = weighted_ap(match(results, objects), objects.counts, np.ones((1, 30), np.int32), NOWHERE, 0)
+    assert value[0, 0] == pytest.approx(Evaluator(truth)(results).metrics['AP'], abs=1e-12)
+
+
+def test_a_resample_gives_cocos_ap_on_the_images_drawn(drawn):
+    """Scores are made distinct: equal ones of different images have no order that resampling could keep."""
+    candidates, truth = drawn
+    results = _results(candidates, SoftNMS('gaussian'))
+    random = np.random.default_rng(0)
+    for result in results:
+        result.scores = torch.tensor(np.sort(random.random(len(result)))[::-1].copy(), dtype=torch.float32)
+    objects = Objects.of(truth)
+    weights = bootstrap_weights(30, 4, seed=3)
+    folds = np.arange(30) % 3
+    values = weighted_ap(match(results, objects), objects.counts, weights, folds, 3)
+    for weight, value in zip(weights, values, strict=True):
+        for fold in range(4):  # the last: all images
+            images = [i for i in range(30) for _ in range(weight[i]) if folds[i] != fold]
+            some, resampled = _resampled(results, truth, images)
+            assert value[fold] == pytest.approx(Evaluator(resampled)(some).metrics['AP'], abs=1e-12)
+
+
+def test_pooled_folds_are_scored_once(drawn):
+    candidates, truth = drawn
+    objects, folds = Objects.of(truth), np.arange(30) % 3
+    results = [_results(candidates, rule) for rule in RULES]
+    pooled = pool_folds([match(one, objects) for one in results], [2, 0, 1], folds, objects.image_order)
+    value = weighted_ap(pooled, objects.counts, np.ones((1, 30), np.int32), NOWHERE, 0)
+    mixed = [results[[2, 0, 1][folds[image]]][image] for image in range(30)]
+    assert value[0, 0] == pytest.approx(Evaluator(truth)(mixed).metrics['AP'], abs=1e-12)
+
+
+def test_the_ap_of_one_image_is_cocos_on_that_image(drawn):
+    """With one class an image; over classes it is weighted by objects."""
+    candidates, truth = drawn
+    results, objects = _results(candidates, HardNMS(0.5)), Objects.of(truth)
+    values = image_ap(match(results, objects), objects.counts)
+    checked = 0
+    for image in range(30):
+        per_class = objects.counts[image]
+        if per_class.sum() == 0:
+            assert values[image] == -1
+            continue
+        some, alone = _resampled(results, truth, [image])
+        aps = Evaluator(alone)(some).per_class
+        expected = sum(aps[f'class {label}'] * count for label, count in enumerate(per_class) if count) / per_class.sum()
+        assert values[image] == pytest.approx(expected, abs=1e-12)
+        checked += 1
+    assert checked > 15
+
+
+def _noise(num_settings, num_images=60, seed=0):
+    """Settings that are all equally good: one drawn result, its scores shaken anew for each."""
+    candidates, truth = drawn_test_set(num_images, seed=seed)
+    objects = Objects.of(truth)
+    base = _results(candidates, HardNMS(0.5))
+    random = np.random.default_rng(seed)
+    settings, matches = [Setting(HardNMS(0.5), 1e-3, 100)], [match(base, objects)]
+    for number in range(1, num_settings):
+        shaken = []
+        for result in base:
+            scores = result.scores + torch.tensor(random.normal(0, 0.15, len(result)), dtype=torch.float32)
+            order = scores.argsort(descending=True)
+            shaken.append(InstanceData(bboxes=result.bboxes[order], scores=scores[order], labels=result.labels[order]))
+        settings.append(Setting(SoftNMS('gaussian', sigma=number / num_settings), 1e-3, 100))
+        matches.append(match(shaken, objects))
+    return settings, matches, objects
+
+
+def test_the_best_of_many_lucky_settings_is_not_flattered():
+    """Nothing is really better than a baseline that is just as noisy; the best of 30 looks so, the procedure must not."""
+    flattered, honest = [], []
+    for seed in range(3):
+        settings, matches, objects = _noise(32, seed=seed)
+        aps = [weighted_ap(one, objects.counts, np.ones((1, 60), np.int32), NOWHERE, 0)[0, 0] for one in matches[1:]]
+        matches[0] = matches[1 + int(np.argsort(aps)[len(aps) // 2])]
+        chosen = select(settings, matches, objects, seed=seed)
+        flattered.append(max(one.value - one.baseline for one in chosen.settings))
+        honest.append(chosen.procedure.value - chosen.procedure.baseline)
+        assert not chosen.procedure.significant
+    assert min(flattered) > 0.01
+    assert np.mean(honest) < np.mean(flattered) / 2
+
+
+def test_a_real_gain_is_found():
+    candidates, truth = drawn_test_set(60)
+    objects = Objects.of(truth)
+    good = _results(candidates, SoftNMS('linear', iou_threshold=0.5))
+    bad = []
+    for result in good:
+        half = torch.arange(len(result)) % 2 == 0
+        bad.append(InstanceData(bboxes=result.bboxes[half], scores=result.scores[half], labels=result.labels[half]))
+    settings = [Setting(HardNMS(0.5), 1e-3, 100), Setting(SoftNMS('linear', iou_threshold=0.5), 1e-3, 100)]
+    matches = [match(bad, objects), match(good, objects)]
+    chosen = select(settings, matches, objects)
+    assert chosen.chosen == 1 and chosen.chosen_by_fold == [1] * 5
+    assert chosen.procedure.significant and chosen.procedure.low > 0
+    assert chosen.procedure.value == pytest.approx(chosen.settings[1].value, abs=1e-12)
+    # On a split of its own it is the same setting, so the same value.
+    elsewhere = select(settings, matches, objects, tuning=(matches, objects), seed=5)
+    assert elsewhere.chosen == 1 and elsewhere.chosen_by_fold == []
+    assert elsewhere.procedure.value == pytest.approx(chosen.settings[1].value, abs=1e-12)
+
+
+def test_settings_that_are_the_same_do_not_differ():
+    settings, matches, objects = _noise(2)
+    chosen = select(settings, [matches[0]] * 2, objects)
+    assert chosen.procedure.value == chosen.procedure.baseline
+    assert not chosen.procedure.significant and chosen.procedure.low == chosen.procedure.high == 0
+
+
+def test_it_can_be_repeated():
+    settings, matches, objects = _noise(3)
+    assert select(settings, matches, objects) == select(settings, matches, objects, threads=2)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(resamples=100), 'at least 1000'),
+        (dict(num_folds=1), 'folds'),
+        (dict(num_folds=61), 'folds'),
+        (dict(criterion='AP60'), 'AP60'),
+    ],
+)
+def test_bad_arguments(options, words):
+    settings, matches, objects = _noise(2)
+    with pytest.raises(ReevaluationError, match=words):
+        select(settings, matches, objects, **options)
+
+
+def test_a_snippet_is_the_setting(tmp_path):
+    """Pasted below a stock config, it builds the head and the rule it was printed for."""
+    setting = Setting(SoftNMS('linear', iou_threshold=0.4, min_score=0.002), 0.003, 70)
+    base = tiny_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    base.dump(tmp_path / 'base.py')
+    (tmp_path / 'pasted.py').write_text(f"_base_ = 'base.py'\n{setting.snippet('SoftNMSRoIHead')}\n")
+    model = build(Config.fromfile(tmp_path / 'pasted.py'))
+    assert isinstance(model.roi_head, SoftNMSRoIHead)
+    assert model.roi_head.test_cfg.score_thr == 0.003 and model.roi_head.test_cfg.max_per_img == 70
+    assert model.roi_head._rule.params == setting.rule.params

@@ -1,0 +1,179 @@
+"""Sweeps: what a grid means, that every way of running it gives the same rows, and that nothing is done twice."""
+
+import dataclasses
+
+import pytest
+from mmengine.config import Config
+
+from mmdet_softnms.reevaluation.settings import DEFAULT_SWEEP, sweep_settings
+from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.reevaluation.sweep import evaluate_all, forget_partial, match_all
+from tests.drawn import drawn_test_set
+
+CFG = Config(dict(model=dict(test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5))))))
+
+
+def _settings(*specs, score_thr=1e-3, max_per_img=100, min_score=1e-3):
+    return sweep_settings(specs, CFG, score_thr, max_per_img, min_score)
+
+
+def _rows(*specs):
+    """Everything but the baseline before and the config's own behind."""
+    settings = _settings(*specs)
+    assert settings[0].is_baseline and settings[-1].source == 'config'
+    return [setting.params for setting in settings[1:-1]]
+
+
+def test_a_range_has_both_ends():
+    assert [row['sigma'] for row in _rows('SoftNMS.sigma=0.1:1.0:0.1')] == [
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0
+    ]  # fmt: skip
+    assert [row['sigma'] for row in _rows('SoftNMS.sigma=0.3:0.75:0.2')] == [0.3, 0.5, 0.7]
+
+
+def test_the_swept_parameter_says_the_method():
+    rows = _rows('SoftNMS.sigma=0.4,0.6', 'SoftNMS.iou_threshold=0.3,0.5')
+    assert [(row['method'], row.get('sigma', row.get('iou_threshold'))) for row in rows] == [
+        ('linear', 0.3), ('linear', 0.5), ('gaussian', 0.4), ('gaussian', 0.6)
+    ]  # fmt: skip
+
+
+def test_parameters_of_one_rule_are_crossed_and_rules_are_not():
+    rows = _rows('SoftNMS.sigma=0.4,0.6', 'SoftNMS.offset=0,1', 'HardNMS.iou_threshold=0.4,0.5,0.6', 'nms.iou_threshold=0.7')
+    # Hard NMS at 0.5 is the baseline, and not there twice.
+    assert len(rows) == 4 + 2 + 1
+
+
+def test_thresholds_are_crossed_with_everything_and_bring_their_baselines():
+    settings = _settings('SoftNMS.sigma=0.4,0.6', 'score_thr=0.001,0.05', 'max_per_img=50,100', 'min_score=0.001,0.01')
+    assert len(settings) == 4 * (1 + 4) + 1
+    for number, setting in enumerate(settings[:-1]):
+        assert setting.is_baseline == (number % 5 == 0)
+        assert setting.group == settings[number - number % 5].group
+
+
+def test_without_rules_the_default_ones_are_taken():
+    names = [setting.name for setting in _settings('score_thr=0.01,0.05')]
+    assert names == ['HardNMS', 'SoftNMS', 'SoftNMS'] * 2 + ['nms']
+
+
+def test_the_default_grid_of_select():
+    assert len(_settings(*DEFAULT_SWEEP)) == 1 + 10 + 7 + 4 + 1
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / 'sweep.yaml'
+    path.write_text(
+        'rules:\n'
+        '  - {type: SoftNMS, method: gaussian, sigma: 0.4:0.6:0.1}\n'
+        '  - {type: SoftNMS, method: linear, iou_threshold: [0.2, 0.3]}\n'
+        '  - {type: soft_nms, iou_threshold: 0.3}\n'
+        'score_thr: 0.01\n'
+    )
+    rows = _rows(str(path))
+    assert len(rows) == 6
+    assert rows[-1] == dict(iou_threshold=0.3, min_score=1e-3, score_thr=0.01, max_per_img=100)
+
+
+@pytest.mark.parametrize(
+    ('spec', 'words'),
+    [
+        ('SoftNMS.sigma', 'is not a sweep'),
+        ('sigma=0.5', 'is not a sweep'),
+        ('SoftNMS.sigma=', 'empty value'),
+        ('SoftNMS.sigma=0.1,,0.3', 'empty value'),
+        ('SoftNMS.sigma=0.1:1.0', 'a range is first:last:step'),
+        ('SoftNMS.sigma=1.0:0.1:0.1', 'a range is first:last:step'),
+        ('SoftNMS.sigma=0.1:1.0:0', 'a range is first:last:step'),
+        ('SoftNMS.sigma=0.1:1.0:-0.1', 'a range is first:last:step'),
+        ('SoftNMS.sigma=0:1:1e-9', 'a range is first:last:step'),
+        ('SoftNMS.sigma=0.0,0.5', 'sigma'),
+        ('SoftNMS.iou_threshold=1.5', 'iou_threshold'),
+        ('SoftNMS.method=cubic', 'method'),
+        ('SoftNMS.sigmoid=0.5', 'sigmoid'),
+        ('HarderNMS.iou_threshold=0.5', 'HarderNMS'),
+        ('score_thr=2', 'score_thr must be in'),
+        ('score_thr=much', 'score_thr must be in'),
+        ('max_per_img=0', 'max_per_img must be'),
+        ('max_per_img=10.5', 'max_per_img must be'),
+        ('min_score=2', 'min_score'),
+        ('missing.yaml', 'cannot be read'),
+    ],
+)
+def test_bad_grids_name_what_is_wrong(spec, words):
+    with pytest.raises(ReevaluationError, match=words):
+        _settings(spec)
+
+
+def test_a_sweep_without_effect_is_refused():
+    with pytest.raises(ReevaluationError, match=r'SoftNMS.sigma changes nothing'):
+        _settings('SoftNMS.method=linear', 'SoftNMS.sigma=0.1:1:0.1')
+
+
+@pytest.mark.parametrize('content', ['- a', 'rule: []', 'rules: [SoftNMS]', 'rules: [{sigma: 1}]', 'rules: ['])
+def test_bad_files(tmp_path, content):
+    (tmp_path / 'sweep.yml').write_text(content)
+    with pytest.raises(ReevaluationError, match='sweep.yml'):
+        _settings(str(tmp_path / 'sweep.yml'))
+
+
+def _without_times(rows):
+    return [dataclasses.replace(row, seconds=0, metric_seconds=0) for row in rows]
+
+
+@pytest.fixture(scope='module')
+def drawn():
+    return drawn_test_set()
+
+
+@pytest.fixture(scope='module')
+def rows(drawn):
+    return evaluate_all(drawn[0], _settings('SoftNMS.sigma=0.2,0.5,0.9'), drawn[1])
+
+
+def test_processes_give_the_same_rows_and_matches(drawn, rows):
+    settings = _settings('SoftNMS.sigma=0.2,0.5,0.9')
+    assert len({row.metrics['AP'] for row in rows}) > 3
+    assert _without_times(evaluate_all(drawn[0], settings, drawn[1], processes=2)) == _without_times(rows)
+    one, two = (match_all(drawn[0], settings[:2], drawn[1], processes=number) for number in (1, 2))
+    for left, right in zip(one, two, strict=True):
+        for name, values in vars(left).items():
+            assert (values == getattr(right, name)).all()
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(drawn, rows, tmp_path):
+    settings = _settings('SoftNMS.sigma=0.2,0.5,0.9')
+
+    def stop(row, done, total):
+        if done == 2:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a', on_row=stop)
+    partial = tmp_path / 'sweep-partial-0.jsonl'
+    # A kill in the middle of writing leaves half a line.
+    partial.write_text(partial.read_text() + '{"identity": "a", "setting": "tab')
+    fresh = []
+    again = evaluate_all(
+        drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a', on_row=lambda row, done, total: fresh.append(done)
+    )
+    assert _without_times(again) == _without_times(rows)
+    # Two kept, three new: kept ones keep the seconds they took.
+    assert [one.seconds for one in again[:2]] == [
+        one.seconds for one in evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a')[:2]
+    ]
+    assert fresh == [1, 2, 3, 4, 5]
+    forget_partial(tmp_path)
+    assert not partial.exists()
+
+
+def test_kept_rows_of_other_candidates_are_not_taken(drawn, rows, tmp_path):
+    settings = _settings('SoftNMS.sigma=0.2,0.5,0.9')
+    evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a')
+    other = drawn_test_set(seed=1)
+    found = evaluate_all(other[0], settings, other[1], work_dir=tmp_path, identity='b')
+    assert found[0].metrics['AP'] != rows[0].metrics['AP']
