@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).parents[2] / 'shared'
-ALLOWED_SKIPS = ('no GPU: ', 'no shared data: ')
+ALLOWED_SKIPS = ('no GPU: ', 'no shared data: ', 'no browser: ')
 
 
 @pytest.fixture(scope='session')

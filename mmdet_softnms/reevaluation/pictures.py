@@ -106,8 +106,11 @@ def draw_pictures(session: Session, before: Setting, after: Setting, number: int
     chosen += [int(image) for image in order[::-1][:number] if gain[image] < 0]
     pictures, missing = [], 0
     for image in chosen:
-        picture = mmcv.imread(session.image_paths[image], channel_order='rgb')
-        if picture is None:
+        try:
+            picture = mmcv.imread(session.image_paths[image], channel_order='rgb')
+        except OSError:
+            picture = None
+        if picture is None:  # gone since, or damaged
             missing += 1
             continue
         pictures.append(_picture(session, image, picture, [result[image] for result in results], matches, aps))

@@ -60,7 +60,7 @@ def rows_table(rows: Sequence[Row], title: str, caption: str = '', columns: Sequ
     table.add_column('rule', no_wrap=True)
     for column in ('score_thr', 'max_per_img', *columns, 'suppression s'):
         table.add_column(column, justify='right', no_wrap=True)
-    for row in rows:
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
         baseline = baseline_of(row, rows)
         table.add_row(
             row_label(row),
@@ -68,7 +68,7 @@ def rows_table(rows: Sequence[Row], title: str, caption: str = '', columns: Sequ
             str(row.params['max_per_img']),
             *(_cell(row, baseline, column) for column in columns),
             f'{row.seconds:.2f}',
-            end_section=row is baseline,
+            end_section=row is baseline or (following is not None and is_baseline(following)),
         )
     return table
 
