@@ -12,7 +12,6 @@ public, other data, other weights, or other settings than the published ones).
 """
 
 import argparse
-import copy
 import difflib
 import platform
 import sys
@@ -93,23 +92,6 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
         raise ReevaluationError(f'config {model.config} cannot be used: {type(error).__name__}: {error}') from error
     cfg.launcher = 'none'
     return cfg
-
-
-def check_model(cfg: Any, checkpoint: Path) -> None:
-    """Build the model, and check that the weights are its own and that its RoI head can be re-evaluated."""
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-
-    from mmdet_softnms.checkpoint import check_weights
-    from mmdet_softnms.reevaluation.candidates import ReevaluationError, plug
-
-    plug(cfg, 0.0)
-    register_all_modules()
-    try:
-        model = MODELS.build(copy.deepcopy(cfg.model))
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
-    check_weights(model, checkpoint)
 
 
 def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
@@ -200,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
             raise ReevaluationError(f'there is no checkpoint of {model.name} to fetch: {model.weights.fetch}')
         caveats.append(reproduction.check_checksum(checkpoint, model.weights))
         if args.dry_run:
-            check_model(cfg, checkpoint)
+            reproduction.check_model(cfg, checkpoint)
     except (ReevaluationError, CheckpointError) as error:
         problems.append(str(error))
     if problems or checkpoint is None:

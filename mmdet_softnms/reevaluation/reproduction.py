@@ -6,6 +6,7 @@ re-evaluation are in [0, 1].
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import re
@@ -14,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from mmdet_softnms.reevaluation.candidates import ReevaluationError, build_test_set
+from mmdet_softnms.checkpoint import check_weights
+from mmdet_softnms.reevaluation.candidates import ReevaluationError, build_test_set, plug
 from mmdet_softnms.reevaluation.engine import Row
 
 Verdict = Literal['pass', 'fail', 'not comparable']
@@ -110,8 +114,10 @@ class Comparison:
 
     @property
     def difference(self) -> float | None:
-        """Measured minus published, in points."""
-        return None if self.measured is None else self.measured - self.published.value
+        """Measured minus published, in points; None where the two do not compare."""
+        if self.measured is None or self.verdict == 'not comparable':
+            return None
+        return self.measured - self.published.value
 
     def to_dict(self) -> dict[str, Any]:
         """As ``reproduction.json`` holds it: values in %, difference and tolerance in points."""
@@ -256,6 +262,22 @@ def check_checksum(path: Path, weights: Weights) -> str:
     if weights.place is not None and path.name == weights.place.name:
         raise ReevaluationError(f'{found}: the file is damaged; {weights.fetch}')
     return found
+
+
+def check_model(cfg: Config, checkpoint: Path) -> None:
+    """Build the model without running it.
+
+    Raises:
+        ReevaluationError: it cannot be built, or its RoI head not be re-evaluated.
+        CheckpointError: the weights are not its own.
+    """
+    plug(cfg, 0.0)
+    register_all_modules()
+    try:
+        model = MODELS.build(copy.deepcopy(cfg.model))  # building writes into the config
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
+    check_weights(model, checkpoint)
 
 
 def sha256(path: str | Path) -> str:
