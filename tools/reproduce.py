@@ -119,10 +119,12 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
 
 
 def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
-    """Published beside measured, in %; why a number does not compare stands below."""
+    """Published beside measured, in %; below it, why one of them does not compare where others do."""
     from rich.table import Table
 
     notes = dict.fromkeys(one.reason for one in comparisons if one.verdict == 'not comparable')
+    if all(one.verdict == 'not comparable' for one in comparisons):
+        notes = {}  # the verdict says it
     table = Table(title=f'{model.name} on {model.split.name}', caption='\n'.join(notes), caption_justify='left')
     for column in ('row', 'metric', 'published', 'measured', 'difference', 'tolerance', 'verdict'):
         table.add_column(column, no_wrap=True)
@@ -221,6 +223,9 @@ def run(args: argparse.Namespace) -> int:
     write_json(work_dir / 'reproduction.json', content)
     if comparisons:
         Console(width=max(Console().width, 140)).print(to_table(model, comparisons))
+    else:
+        (own,) = (row.metrics for row in result.rows if row.source == 'config')
+        print(f'measured: {", ".join(f"{key} {100 * own[key]:.2f}" for key in ("AP", "VOC07_AP50") if key in own)}')
     print(f'{verdict}: {reason}')
     print(f'written: {work_dir / "reproduction.json"}')
     return STATUS[verdict]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmdet
 import pytest
@@ -15,7 +16,6 @@ from mmengine.config import Config
 
 from mmdet_softnms.reevaluation import reproduction
 from mmdet_softnms.reevaluation.candidates import ReevaluationError
-from mmdet_softnms.reevaluation.engine import Row
 from tests.tiny_dataset import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_mmdets_own_metafile_says_the_same():
 
 
 def _row(source='table', rule='SoftNMS', ap=0.5, **params):
-    return Row(rule, {'score_thr': 1e-3, **params}, {'AP': ap}, 0.0, source)
+    return SimpleNamespace(rule=rule, params={'score_thr': 1e-3, **params}, metrics={'AP': ap}, source=source)
 
 
 ROWS = [
@@ -174,7 +174,7 @@ def test_a_metric_that_was_not_measured_is_not_comparable(metrics):
     model = reproduction.Model(
         'name', Path(), reproduction.Weights(None, ''), reproduction.Split('', ''), [published], ''
     )
-    (comparison,) = reproduction.compare(model, [Row('nms', {}, metrics, 0.0, 'config')], [])
+    (comparison,) = reproduction.compare(model, [SimpleNamespace(rule='nms', params={}, metrics=metrics, source='config')], [])
     assert comparison.verdict == 'not comparable' and comparison.measured is None
 
 
@@ -310,6 +310,8 @@ def test_nothing_published_is_not_comparable(run, metafile):
     about = {'Published': [], 'Unpublished': 'nobody measured it'}
     status, out, _ = run('tiny', '--metafile', metafile(about), '--dry-run')
     assert status == 2 and 'a run would not be comparable: nobody measured it' in out
+    status, out, _ = run('tiny', '--metafile', metafile(about))
+    assert status == 2 and 'measured: AP ' in out and 'no published number: nobody measured it' in out
 
 
 # -- missing and wrong files
