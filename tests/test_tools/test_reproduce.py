@@ -174,7 +174,8 @@ def test_a_metric_that_was_not_measured_is_not_comparable(metrics):
     model = reproduction.Model(
         'name', Path(), reproduction.Weights(None, ''), reproduction.Split('', ''), [published], ''
     )
-    (comparison,) = reproduction.compare(model, [SimpleNamespace(rule='nms', params={}, metrics=metrics, source='config')], [])
+    row = SimpleNamespace(rule='nms', params={}, metrics=metrics, source='config')
+    (comparison,) = reproduction.compare(model, [row], [])
     assert comparison.verdict == 'not comparable' and comparison.measured is None
 
 
