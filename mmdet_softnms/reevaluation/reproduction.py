@@ -1,0 +1,332 @@
+"""Published numbers, what it takes to measure them again, and the verdict.
+
+What is published for a config stands in its metafile, under ``Reproduction``; the test sets it refers to stand in
+``configs/datasets.yml``. Values, tolerances and differences are in % of AP ("points") throughout; the metrics of a
+re-evaluation are in [0, 1].
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.fileio import load
+
+from mmdet_softnms.checkpoint import check_weights
+from mmdet_softnms.reevaluation.candidates import ReevaluationError, build_test_set, plug
+from mmdet_softnms.reevaluation.engine import Row
+
+Verdict = Literal['pass', 'fail', 'not comparable']
+
+#: Options that say where the test set is or how it is read, and leave the numbers alone.
+HARMLESS_OPTIONS = (
+    'test_dataloader.dataset.data_root',
+    'test_dataloader.dataset.ann_file',
+    'test_dataloader.dataset.data_prefix',
+    'test_dataloader.num_workers',
+    'test_dataloader.persistent_workers',
+    'test_evaluator.ann_file',
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number."""
+
+    row: str | dict[str, Any]  # 'config', or the rule and parameters of a row of the table
+    metric: str  # as a re-evaluation names it
+    value: float  # %; of a gain: points
+    source: str
+    split: str  # what it was measured on
+    tolerance: float | None  # points; None: not comparable
+    because: str  # why that tolerance, or why it is not comparable
+
+    @property
+    def row_label(self) -> str:
+        """``'config'`` or ``'SoftNMS gaussian sigma=0.5'``."""
+        if isinstance(self.row, str):
+            return self.row
+        named = {'rule', 'method'}
+        words = [str(self.row[key]) for key in ('rule', 'method') if key in self.row]
+        return ' '.join([*words, *(f'{key}={value:g}' for key, value in self.row.items() if key not in named)])
+
+    def find(self, rows: Iterable[Row]) -> Row | None:
+        """The row of a re-evaluation that this number is about."""
+        for row in rows:
+            if self.row == 'config' and row.source == 'config':
+                return row
+            if isinstance(self.row, dict) and row.source != 'config':
+                known = {**row.params, 'rule': row.rule}
+                if all(known.get(key) == value for key, value in self.row.items()):
+                    return row
+        return None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A test set as it was published."""
+
+    name: str
+    fetch: str  # what to fetch and where to put it, its checksums with it
+    images: int | None = None
+    objects: int | None = None  # annotated ones that count: no crowd, nothing difficult
+    annotation_sha256: str = ''  # of a COCO json
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint as it was published."""
+
+    place: Path | None  # where it is looked for; None: it is not public
+    fetch: str  # how to come by it, its checksum with it
+    sha256_start: str = ''  # first digits of its SHA-256; empty: none is published
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a metafile."""
+
+    name: str
+    config: Path
+    weights: Weights
+    split: Split
+    published: list[Published]
+    unpublished: str  # why there is nothing to compare with, where there is nothing
+    options: dict[str, Any] = field(default_factory=dict)  # of the config, as the number was published with
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published number beside the measured one."""
+
+    published: Published
+    measured: float | None  # %
+    verdict: Verdict
+    reason: str
+
+    @property
+    def difference(self) -> float | None:
+        """Measured minus published, in points; None where the two do not compare."""
+        if self.measured is None or self.verdict == 'not comparable':
+            return None
+        return self.measured - self.published.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``reproduction.json`` holds it: values in %, difference and tolerance in points."""
+        return {
+            'row': self.published.row_label,
+            'metric': self.published.metric,
+            'published': self.published.value,
+            'measured': self.measured,
+            'difference': self.difference,
+            'tolerance': self.published.tolerance,
+            'verdict': self.verdict,
+            'reason': self.reason,
+            'split': self.published.split,
+            'source': self.published.source,
+        }
+
+
+def load_models(path: Path, project: Path) -> dict[str, Model]:
+    """Read every model of a model index or of a single metafile, by name.
+
+    Args:
+        path: a ``model-index.yml`` or a metafile; its paths are relative to its own folder. ``Datasets`` of a
+            metafile of your own adds to ``configs/datasets.yml``.
+        project: the root of this project, with ``configs/datasets.yml``.
+
+    Raises:
+        ReevaluationError: a file is missing or not of this form.
+    """
+    try:
+        index = load(path)
+        metafiles = [load(path.parent / name) for name in index['Import']] if 'Import' in index else [index]
+        datasets: dict[str, Any] = load(project / 'configs/datasets.yml')
+        for metafile in metafiles:
+            datasets.update(metafile.get('Datasets', {}))
+    except Exception as error:  # yaml's errors are many; whatever it is, the file cannot be read
+        raise ReevaluationError(f'metafile {path} cannot be read: {str(error).splitlines()[0]}') from error
+    models: dict[str, Model] = {}
+    for raw in (raw for metafile in metafiles for raw in metafile.get('Models', [])):
+        try:
+            model = _model(raw, datasets, path.parent)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ReevaluationError(
+                f'model {raw.get("Name")} of {path} cannot be used: {type(error).__name__} {error} in its Reproduction'
+            ) from error
+        if model.name in models:
+            raise ReevaluationError(f'model {model.name} stands twice in {path}; rename one')
+        models[model.name] = model
+    return models
+
+
+def _model(raw: dict[str, Any], datasets: dict[str, Any], root: Path) -> Model:
+    about = raw['Reproduction']
+    data = datasets[about['Data']]
+    split = Split(
+        about['Data'], data['Fetch'], data.get('Images'), data.get('Objects'), data.get('Annotation SHA-256', '')
+    )
+    published = []
+    for one in about.get('Published', []):
+        tolerance = one.get('Tolerance')
+        because = one['Because'] if tolerance is not None else one['Not Comparable']
+        published.append(
+            Published(
+                one.get('Row', 'config'),
+                one['Metric'],
+                float(one['Value']),
+                one['Source'],
+                one.get('Split', split.name),
+                tolerance,
+                because,
+            )
+        )
+    return Model(
+        name=raw['Name'],
+        config=root / raw['Config'],
+        weights=_weights(raw.get('Weights'), about.get('Weights', {}), root),
+        split=split,
+        published=published,
+        unpublished='' if published else about['Unpublished'],
+        options=about.get('Options', {}),
+    )
+
+
+def _weights(public: str | None, about: dict[str, str], root: Path) -> Weights:
+    """``Weights`` of a model: a URL, a file, or nothing where ``Reproduction`` says how to come by them."""
+    if public is None and 'Checkpoint' not in about:
+        return Weights(None, about['Fetch'])
+    if public is not None and '://' not in public:
+        return Weights(root / public, 'it belongs to the metafile: restore it')
+    name = about['Checkpoint'] if public is None else public.rsplit('/', 1)[1]
+    # OpenMMLab's publishing tool appends the first digits of the file's own SHA-256 to its name.
+    digits = re.search(r'-([0-9a-f]{8})\.pth$', name)
+    start = digits[1] if digits else ''
+    checksum = f'its SHA-256 begins with {start}' if start else 'no checksum is published'
+    fetch = about['Fetch'] if public is None else f'fetch {public} and put it there ({checksum})'
+    return Weights(Path('checkpoints') / name, fetch, start)
+
+
+def check_options(options: Iterable[str]) -> str:
+    """Why a run with these overrides of the config compares with nothing; empty if it does."""
+    changed = [key for key in options if not key.startswith(HARMLESS_OPTIONS)]
+    return f'--cfg-options changes {", ".join(changed)}' if changed else ''
+
+
+def check_data(cfg: Config, split: Split) -> str:
+    """Why the config's test set is not the published one; empty if it is.
+
+    Raises:
+        ReevaluationError: it is not there; the message says what to fetch.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            dataset = build_test_set(cfg)
+    except ReevaluationError as error:
+        raise ReevaluationError(f'{error}. {split.name}: {split.fetch}') from error
+    objects = sum(
+        not instance.get('ignore_flag', 0)
+        for number in range(len(dataset))
+        for instance in dataset.get_data_info(number).get('instances', [])
+    )
+    for what, found, expected in (('images', len(dataset), split.images), ('objects', objects, split.objects)):
+        if expected is not None and found != expected:
+            return f'the test set has {found} {what}, {split.name} has {expected}'
+    evaluator = cfg.test_evaluator if isinstance(cfg.test_evaluator, dict) else {}
+    for path in (dataset.ann_file, evaluator.get('ann_file')):
+        if path and split.annotation_sha256 and Path(path).is_file() and sha256(path) != split.annotation_sha256:
+            return f'{path} is not the annotation file of {split.name}: its SHA-256 differs'
+    return ''
+
+
+def check_checksum(path: Path, weights: Weights) -> str:
+    """Why a checkpoint is not the published one; empty if it is, or if no checksum is published.
+
+    Raises:
+        ReevaluationError: it is not there, or bears the published name and has another content.
+    """
+    if not path.is_file():
+        raise ReevaluationError(f'checkpoint {path} does not exist; {weights.fetch}, or name yours by --weights')
+    digits = sha256(path)
+    if digits.startswith(weights.sha256_start):
+        return ''
+    found = f'the SHA-256 of {path} begins with {digits[:8]}, that of the published weights with {weights.sha256_start}'
+    if weights.place is not None and path.name == weights.place.name:
+        raise ReevaluationError(f'{found}: the file is damaged; {weights.fetch}')
+    return found
+
+
+def check_model(cfg: Config, checkpoint: Path) -> None:
+    """Build the model without running it.
+
+    Raises:
+        ReevaluationError: it cannot be built, or its RoI head not be re-evaluated.
+        CheckpointError: the weights are not its own.
+    """
+    plug(cfg, 0.0)
+    register_all_modules()
+    try:
+        model = MODELS.build(copy.deepcopy(cfg.model))  # building writes into the config
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
+    check_weights(model, checkpoint)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:
+    """Judge every published number of a model.
+
+    Args:
+        model: what is published.
+        rows: of the re-evaluation; none after a dry run, which measures nothing.
+        caveats: why this run compares with nothing published; usually there are none.
+    """
+    return [_compare(published, rows, caveats) for published in model.published]
+
+
+def _compare(published: Published, rows: Sequence[Row], caveats: Sequence[str]) -> Comparison:
+    row = published.find(rows)
+    measured = None if row is None else row.metrics.get(published.metric)
+    if measured is not None and not measured >= 0:  # COCO's -1 or a NaN: no such object
+        measured = None
+    measured = None if measured is None else 100 * measured
+    if published.tolerance is None:
+        # What was measured on something else is not put beside it.
+        return Comparison(published, None, 'not comparable', published.because)
+    if caveats:
+        return Comparison(published, measured, 'not comparable', '; '.join(caveats))
+    if measured is None:
+        return Comparison(published, None, 'not comparable', f'nothing was measured for its {published.metric}')
+    difference = measured - published.value
+    within = abs(difference) <= published.tolerance + 1e-9  # decimal numbers are not exact in binary
+    reason = f'{difference:+.2f} is {"within" if within else "beyond"} {published.tolerance:g} ({published.because})'
+    return Comparison(published, measured, 'pass' if within else 'fail', reason)
+
+
+def overall(model: Model, comparisons: Sequence[Comparison]) -> tuple[Verdict, str]:
+    """``fail`` if one number fails, ``pass`` if all that compare pass, else ``not comparable``; and why."""
+    by_verdict: dict[str, list[Comparison]] = {'fail': [], 'pass': [], 'not comparable': []}
+    for comparison in comparisons:
+        by_verdict[comparison.verdict].append(comparison)
+    if failed := by_verdict['fail']:
+        return 'fail', '; '.join(f'{one.published.row_label} {one.published.metric}: {one.reason}' for one in failed)
+    if passed := by_verdict['pass']:
+        return 'pass', f'{len(passed)} of {len(comparisons)} published numbers, each within its tolerance'
+    reasons = dict.fromkeys(one.reason for one in comparisons)
+    return 'not comparable', '; '.join(reasons) or f'no published number: {model.unpublished}'
