@@ -15,9 +15,9 @@ on the same candidates, in one run, in turns. The candidates are drawn, but shap
 ``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against its definition in plain PyTorch and,
 where torchvision is installed, against its operator.
 
-``sweep``: many suppression settings over the stored candidates of a drawn test set the size of COCO val2017: 5,000 of the
-scenes above with 7 objects each, 80 classes. Tells the size of the store and how the time divides into reading it,
-suppression and COCO metrics.
+``sweep``: many suppression settings over the stored candidates of a drawn test set the size of COCO val2017: 5,000 of
+the scenes above with 7 objects each, 80 classes. Tells the size of the store and how the time divides into reading
+it, suppression and COCO metrics.
 """
 
 import argparse
@@ -493,8 +493,10 @@ def run_sweep(arguments: argparse.Namespace) -> None:
             annotations=annotations,
             categories=[dict(id=number, name=str(number)) for number in range(1, num_classes + 1)],
         )
-        truth = GroundTruth(tuple(map(str, range(1, num_classes + 1))), coco, image_ids, list(range(1, num_classes + 1)))
-        rules = [HardNMS(0.5)]
+        truth = GroundTruth(
+            tuple(map(str, range(1, num_classes + 1))), coco, image_ids, list(range(1, num_classes + 1))
+        )
+        rules: list[SoftNMS] = [HardNMS(0.5)]
         for number in range(1, arguments.settings):
             value = round(number / arguments.settings, 4)
             rules.append(SoftNMS('gaussian', sigma=value) if number % 2 else SoftNMS('linear', iou_threshold=value))

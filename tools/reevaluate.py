@@ -5,8 +5,9 @@
     python tools/reevaluate.py CONFIG CHECKPOINT --select
 
 Prints a table and writes DIR/reevaluation.json, report.html and report.md. The network's raw candidates are stored in
-DIR/candidates as they come: a run that was interrupted is taken up, and the next question needs no forward pass. CONFIG is
-any mmdet config of a detector with a standard, cascade or double-head RoI head, or an R-FCN; nothing in it has to be changed.
+DIR/candidates as they come: a run that was interrupted is taken up, and the next question needs no forward pass.
+CONFIG is any mmdet config of a detector with a standard, cascade or double-head RoI head, or an R-FCN; nothing in it
+has to be changed.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=[],
         metavar='GRID',
-        help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES are '
+        help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES: '
         'first:last:step or a list with commas',
     )
     parser.add_argument(
@@ -53,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         '--tune-on',
         choices=['auto', 'val', 'folds'],
         default='auto',
-        help="of --select: the config's val_dataloader, or k-fold over the test set; auto: val where it is another split",
+        help="of --select: the config's val_dataloader, or k-fold over the test set; auto: val if it is another split",
     )
     parser.add_argument('--store', help='candidates made elsewhere (a folder DIR/candidates/...), taken as they are')
     parser.add_argument('--processes', type=int, help='for sweeps; default: one a core where it is worth it')
@@ -234,7 +235,9 @@ def main() -> None:
     except (ReevaluationError, CheckpointError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:
-        sys.exit(f'error: {error}; earlier results are intact, and finished shards and rows are taken up by the next run')
+        sys.exit(
+            f'error: {error}; earlier results are intact, and finished shards and rows are taken up by the next run'
+        )
     except KeyboardInterrupt:
         print(
             'interrupted: earlier results are intact; run again, and finished shards and rows are taken up',

@@ -34,16 +34,18 @@ from mmengine.structures import InstanceData
 from torch.utils.data import Sampler
 
 from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights
-from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
 from mmdet_softnms.reevaluation.store import CandidateStore, ImageCandidates, ReevaluationError, find_stores
+from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
 
 _PLUGGED_ROI_HEADS = {
     'StandardRoIHead': 'SoftNMSRoIHead',
     'CascadeRoIHead': 'SoftNMSCascadeRoIHead',
     'DoubleHeadRoIHead': 'SoftNMSDoubleHeadRoIHead',
 }
-#: Images a shard; a kill costs at most one shard's worth of forward passes, and so much is held in memory.
+#: Images a shard, at most; a kill costs one shard's forward passes, and so much is held in memory. A small test
+#: set has 16 shards, so that several processes have something to do each.
 SHARD_SIZE = 64
+_FEWEST_SHARDS = 16
 _run_numbers = itertools.count()
 _MASK_PREFIXES = ('roi_head.mask_head.', 'roi_head.mask_roi_extractor.')
 _PATH_KEYS = ('data_root', 'ann_file', 'data_prefix', 'init_cfg')  # where things lie is not what they are
@@ -218,7 +220,7 @@ def collect(
     dataset: BaseDataset | None = None,
     work_dir: str | Path | None = None,
     trust_checkpoint: bool = False,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
@@ -232,8 +234,8 @@ def collect(
         dataset: the test set where it is built already (:func:`build_test_set`).
         work_dir: where mmengine logs; None: nowhere that stays.
         trust_checkpoint: see :func:`mmdet_softnms.checkpoint.load_checkpoint`.
-        shard_size: images a shard of a new store; rounded up to whole batches, so that a run taken up again has the
-            same batches.
+        shard_size: images a shard of a new store, None: 64, or fewer for a small test set; rounded up to whole
+            batches, so that a run taken up again has the same batches.
         progress: called with (batches done, batches in all) of this process.
         say: called with one line about every store that is used, taken up, or mended.
 
@@ -245,6 +247,7 @@ def collect(
         OSError: the store cannot be written; finished shards stay, and the next run takes them up.
     """
     dataset = build_test_set(cfg) if dataset is None else dataset
+    shard_size = shard_size or min(SHARD_SIZE, -(-len(dataset) // _FEWEST_SHARDS))
     plan: list[Any] = [None]
     if get_dist_info()[0] == 0:
         store, shards, lines = _find_or_create(
@@ -308,42 +311,26 @@ def _find_or_create(
     folder: Path, wanted: dict[str, Any], num_images: int, shard_size: int
 ) -> tuple[CandidateStore, list[int], list[str]]:
     """The store to use, its unfinished shards, and what there is to say."""
-
-    def name(content: dict[str, Any]) -> str:
-        return _hash(content)[:12]
-
-    said = []
-    others = []
-    for store in find_stores(folder):
-        have = store.fingerprint
-        if store.num_images != num_images or have['score_floor'] > wanted['score_floor']:
-            others.append(store)
-        elif any(have[key] != wanted[key] for key in ('config', 'checkpoint', 'dataset')):
-            others.append(store)
-        elif have['execution'] != wanted['execution'] or have['score_floor'] != wanted['score_floor']:
-            # Finished ones serve as they are: the same candidates, but for last bits and some below the floor.
+    own = folder / _hash(wanted)[:12]
+    others = [store for store in find_stores(folder) if store.folder != own]
+    fitting = [store for store in others if not _differences(store.fingerprint, wanted)]
+    mine = _check(own, wanted)
+    if mine is None or mine.check():
+        for store in fitting:
+            # The same candidates, but for last bits and some below the floor: finished ones serve as they are.
             if not store.check():
-                how = ', '.join(
-                    f'{key} {value}' for key, value in have['execution'].items() if wanted['execution'].get(key) != value
-                ) or f'score floor {have["score_floor"]:g}'
-                said.append(f'stored candidates found: {store.folder} (made with {how}); no forward pass is needed')
-                return store, [], said
-    batch_size = wanted['execution']['batch_size']
-    own = folder / name(wanted)
-    if not (own / 'store.json').exists():
-        if others:
-            said.append(
-                f'{len(others)} stored candidates in {folder} are of another '
-                f'{_differences(others[-1].fingerprint, wanted)}: not used'
-            )
-        store = CandidateStore.create(own, wanted, num_images, -(-shard_size // batch_size) * batch_size)
-        return store, list(range(store.num_shards)), said
-    try:
-        store = CandidateStore.open(own)
-        assert store.fingerprint == wanted
-    except (ReevaluationError, AssertionError):
+                how = _execution(store.fingerprint, wanted)
+                line = f'stored candidates found: {store.folder} (made with {how}); no forward pass is needed'
+                return store, [], [line]
+    said = []
+    if not own.is_dir() and (strangers := [store for store in others if store not in fitting]):
+        reason = _differences(strangers[-1].fingerprint, wanted)
+        said.append(f'{len(strangers)} stored candidates in {folder} are of another {reason}: not used')
+    if own.is_dir() and mine is None:
         said.append(f'{own / "store.json"} is damaged: written anew')
-        store = CandidateStore.create(own, wanted, num_images, -(-shard_size // batch_size) * batch_size)
+    batch_size = wanted['execution']['batch_size']
+    whole_batches = -(-shard_size // batch_size) * batch_size
+    store = mine or CandidateStore.create(own, wanted, num_images, whole_batches)
     problems = store.check()
     for shard, problem in problems.items():
         if problem != 'missing':
@@ -357,10 +344,28 @@ def _find_or_create(
     return store, list(problems), said
 
 
+def _check(folder: Path, wanted: dict[str, Any]) -> CandidateStore | None:
+    """The store of exactly this fingerprint in a folder; None where there is none that can be opened."""
+    try:
+        store = CandidateStore.open(folder)
+    except ReevaluationError:
+        return None
+    return store if store.fingerprint == wanted else None
+
+
+def _execution(have: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """How the making of stored candidates differs, in words."""
+    made = [f'{key} {value}' for key, value in have['execution'].items() if wanted['execution'].get(key) != value]
+    if have['score_floor'] != wanted['score_floor']:
+        made.append(f'score floor {have["score_floor"]:g}')
+    return ', '.join(made)
+
+
 def _differences(have: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What makes stored candidates others than those wanted; empty where nothing does."""
     names = [key for key in ('config', 'checkpoint', 'dataset') if have[key] != wanted[key]]
     names += ['score floor'] if have['score_floor'] > wanted['score_floor'] else []
-    return ' and '.join(names) or 'number of images'
+    return ' and '.join(names)
 
 
 def _list(problems: dict[int, str]) -> str:

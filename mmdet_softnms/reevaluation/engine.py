@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Reevaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """As ``reevaluation.json`` holds it."""
-        return {name: value for name, value in asdict(replace(self, session=None)).items() if name != 'session'}
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != 'session'}
+        return named | dict(rows=[asdict(row) for row in self.rows])
 
 
 def reevaluate(
@@ -184,15 +185,15 @@ def _given_store(folder: Path, img_ids: list[Any], floor: float) -> CandidateSto
     if problems := store.check():
         shard, problem = next(iter(problems.items()))
         raise ReevaluationError(
-            f'{folder}: {len(problems)} of {store.num_shards} shards cannot be used ({store.path_of(shard).name} {problem}); '
-            'leave --store out to have them computed in the work directory'
+            f'{folder}: {len(problems)} of {store.num_shards} shards cannot be used ({store.path_of(shard).name} '
+            f'{problem}); leave --store out to have them computed in the work directory'
         )
     if store.num_images != len(img_ids):
         raise ReevaluationError(f'{folder} holds {store.num_images} images but the test set {len(img_ids)}')
     if store.fingerprint['score_floor'] > floor:
         raise ReevaluationError(
-            f'{folder} holds candidates above {store.fingerprint["score_floor"]:g} only, and a score_thr of {floor:g} is '
-            'asked for; raise it, or leave --store out'
+            f'{folder} holds candidates above {store.fingerprint["score_floor"]:g} only, and a score_thr of {floor:g} '
+            'is asked for; raise it, or leave --store out'
         )
     return store
 
@@ -225,8 +226,8 @@ def choose(
         result: of :func:`reevaluate` with the same config, checkpoint and work directory.
         cfg, checkpoint, work_dir, processes, trust_checkpoint, progress, say: as there.
         criterion, num_folds, resamples: see :func:`mmdet_softnms.reevaluation.selection.select`.
-        tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold over the
-            test set; 'auto': 'val' where it shares no image with the test set, else 'folds'.
+        tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold
+            over the test set; 'auto': 'val' where it shares no image with the test set, else 'folds'.
 
     Raises:
         ReevaluationError: too few images or resamples; 'val' shares images with the test set.
@@ -275,7 +276,7 @@ def choose(
         )
         found = match_all(collected.store.load(), session.settings, truth, processes=processes)
         tuning = found, Objects.of(truth)
-    return select(
+    selection = select(
         session.settings,
         matches,
         Objects.of(session.truth),
@@ -286,3 +287,10 @@ def choose(
         threads=threads,
         progress=functools.partial(progress, 'bootstrap'),
     )
+    for difference, row in zip(selection.settings, result.rows, strict=True):
+        if abs(difference.value - row.metrics[criterion]) > 1e-9:
+            raise RuntimeError(
+                f'{row.params}: {criterion} is {row.metrics[criterion]} by faster-coco-eval, but {difference.value} by '
+                'the matching of the bootstrap; please report this'
+            )
+    return selection

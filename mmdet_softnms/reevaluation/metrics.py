@@ -1,8 +1,8 @@
 """Detections of a whole test set to numbers: COCO's by faster-coco-eval, VOC's by mmdet, both unrounded.
 
-mmdet's ``CocoMetric`` and ``VOCMetric`` round to three decimals and name values by position (with ``proposal_nums=(1, 10,
-100)`` its ``AR@100`` is AR@1), and pycocotools takes half a minute where faster-coco-eval takes six seconds; a test holds
-the two to 1e-9 of one another.
+mmdet's ``CocoMetric`` and ``VOCMetric`` round to three decimals and name values by position (with ``proposal_nums=(1,
+10, 100)`` its ``AR@100`` is AR@1), and pycocotools takes half a minute where faster-coco-eval takes six seconds; a
+test holds the two to 1e-9 of one another.
 """
 
 import json
@@ -40,7 +40,8 @@ class GroundTruth:
             the order of the data set's own ids, which is how COCO breaks ties between images.
         image_ids: id in ``coco`` of every image.
         category_ids: id in ``coco`` of every label.
-        voc: per image ``bboxes``, ``labels``, ``bboxes_ignore``, ``labels_ignore``; None where the data set is not VOC's.
+        voc: per image ``bboxes``, ``labels``, ``bboxes_ignore``, ``labels_ignore``; None where the data set is not
+            VOC's.
         notes: what a reader of the numbers has to know.
     """
 
@@ -76,10 +77,7 @@ def read_ground_truth(cfg: Config, dataset: BaseDataset | ConcatDataset) -> Grou
     ann_file = by_type.get('CocoMetric', {}).get('ann_file')
     infos = [dataset.get_data_info(number) for number in range(len(dataset))]
     classes = tuple(dataset.metainfo.get('classes', ()))
-    if ann_file is None:
-        truth = _from_instances(classes, infos)
-    else:
-        truth = _from_coco_json(classes, infos, Path(ann_file))
+    truth = _from_instances(classes, infos) if ann_file is None else _from_coco_json(classes, infos, Path(ann_file))
     if not truth.coco['annotations']:
         raise ReevaluationError('the test set has no annotated object, so nothing can be evaluated (a test-dev split?)')
     # By name, since mmdet's data sets are slow to import and workers do without them.
@@ -124,7 +122,9 @@ def _from_coco_json(classes: tuple[str, ...], infos: list[dict[str, Any]], path:
         categories, images = content['categories'], {image['id'] for image in content['images']}
         annotations = content.get('annotations', [])
     except FileNotFoundError:
-        raise ReevaluationError(f'annotation file {path} of test_evaluator does not exist; correct its ann_file') from None
+        raise ReevaluationError(
+            f'annotation file {path} of test_evaluator does not exist; correct its ann_file'
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReevaluationError(
             f'annotation file {path} of test_evaluator is not a COCO json: {type(error).__name__}: {error}'
@@ -145,7 +145,8 @@ def _from_coco_json(classes: tuple[str, ...], infos: list[dict[str, Any]], path:
     image_ids = _image_ids(img_ids)
     number_of = dict(zip(img_ids, image_ids, strict=True))
     known_ids = {category['id'] for category in known}
-    kept, unknown = [], 0
+    kept: list[dict[str, Any]] = []
+    unknown = 0
     for one in annotations:
         if one['image_id'] not in number_of:
             continue
@@ -230,7 +231,9 @@ class Evaluator:
         names = [truth.classes[truth.category_ids.index(category_id)] for category_id in sorted(truth.category_ids)]
         per_class = {name: float(curves[:, :, number].mean()) for number, name in enumerate(names) if exists[number]}
         precision = {
-            name: curve[:, exists].mean(1).tolist() for name, curve in zip(AP_NAMES, curves, strict=True) if exists.any()
+            name: curve[:, exists].mean(1).tolist()
+            for name, curve in zip(AP_NAMES, curves, strict=True)
+            if exists.any()
         }
         return metrics, per_class, precision
 

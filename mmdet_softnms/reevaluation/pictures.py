@@ -1,9 +1,10 @@
 """The images on which another suppression changes most, drawn under both, for the report.
 
-An image's gain is that of its own AP times its objects: a crowd of ten that gains 20 points says more about suppression than a
-single cat whose second box moved up. What changed is told by COCO's matching at IoU 0.5. *Recovered*: an object that a detection matches under the second setting and
-none under the first. *Lost*: the other way round. *Added false positive*: a detection of at least ``PICTURE_SCORE_THR`` that
-matches no object and is not among those of the first setting.
+An image's gain is that of its own AP times its objects: a crowd of ten that gains 20 points says more about
+suppression than a single cat whose second box moved up. What changed is told by COCO's matching at IoU 0.5.
+*Recovered*: an object that a detection matches under the second setting and none under the first. *Lost*: the other
+way round. *Added false positive*: a detection of at least ``PICTURE_SCORE_THR`` that matches no object and is not
+among those of the first setting.
 """
 
 import base64
@@ -27,7 +28,9 @@ from mmdet_softnms.reevaluation.sweep import detections
 #: Detections below it are drawn only where they recover or lose an object.
 PICTURE_SCORE_THR = 0.3
 _WIDTH = 640  # pixels
-_COLOURS = dict(found=(46, 160, 67), recovered=(255, 200, 0), lost=(255, 200, 0), added=(220, 40, 40), false=(150, 150, 150))
+_COLOURS = dict(
+    found=(46, 160, 67), recovered=(255, 200, 0), lost=(255, 200, 0), added=(220, 40, 40), false=(150, 150, 150)
+)
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Picture:
 
 
 def image_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
-    """(I,) AP of every image alone: mean over its objects' classes and the ten IoU thresholds; -1 where it has no object."""
+    """(I,) AP of every image alone, its classes weighted by their objects; -1 where it has no object."""
     label = np.repeat(np.arange(counts.shape[1]), np.diff(matches.starts))
     order = np.argsort(matches.image * counts.shape[1] + label, kind='stable')
     cells = (matches.image.astype(np.int64) * counts.shape[1] + label)[order]
@@ -89,7 +92,7 @@ def _image_ap(true, ignored, starts, counts, num_thresholds, recalls):  # type: 
 
 
 def draw_pictures(session: Session, before: Setting, after: Setting, number: int) -> tuple[list[Picture], str]:
-    """Pictures of the images with the largest gain, then of those with the largest loss, and a remark where some are missing.
+    """Pictures of the images with the largest gain, then the largest loss, and a remark where some are missing.
 
     Args:
         session: of a re-evaluation.

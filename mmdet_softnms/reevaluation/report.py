@@ -39,12 +39,14 @@ def notes(result: Reevaluation) -> list[str]:
     if result.forward_images == result.num_images:
         origin = f'one forward pass of {result.forward_seconds:.0f} s'
     elif result.forward_images:
-        origin = f'a forward pass over {result.forward_images} images, {result.forward_seconds:.0f} s; the rest was stored'
+        origin = (
+            f'a forward pass over {result.forward_images} images, {result.forward_seconds:.0f} s; the rest was stored'
+        )
     else:
         origin = 'all stored before: no forward pass'
     lines = [
-        f'{result.num_images} images, {result.num_candidates} candidates ({origin}). In %, with the difference to hard NMS '
-        'at IoU 0.5 with the same score_thr and max_per_img.',
+        f'{result.num_images} images, {result.num_candidates} candidates ({origin}). In %, with the difference to hard '
+        'NMS at IoU 0.5 with the same score_thr and max_per_img.',
         'The last row is the setting of the config.',
         *result.notes,
     ]
@@ -83,7 +85,12 @@ def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
 
 def is_baseline(row: Row) -> bool:
     """Hard NMS at IoU 0.5 of the table."""
-    return row.rule == 'HardNMS' and row.source == 'table' and row.params['iou_threshold'] == 0.5 and not row.params['offset']
+    return (
+        row.rule == 'HardNMS'
+        and row.source == 'table'
+        and row.params['iou_threshold'] == 0.5
+        and not row.params['offset']
+    )
 
 
 def _group(row: Row) -> tuple[float, int]:
@@ -139,8 +146,8 @@ def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> s
         chosen = ', '.join(label[number] for number in dict.fromkeys(selection.chosen_by_fold))
         lines.append(f'  chosen in the folds: {chosen}')
     lines.append(
-        f'For comparison, the best of all {sum(row.source == "table" for row in rows)} rows on the images it was chosen on, '
-        f'which flatters: {label[best]}, {_interval(naive.value - naive.baseline, naive.low, naive.high)}'
+        f'For comparison, the best of all {sum(row.source == "table" for row in rows)} rows on the images it was '
+        f'chosen on, which flatters: {label[best]}, {_interval(naive.value - naive.baseline, naive.low, naive.high)}'
     )
     if not worth.significant:
         lines.append('There is no significant difference: these images give no reason to change the suppression.')
@@ -195,7 +202,9 @@ def write_report(
         pair = [settings[rows.index(baseline)], settings[rows.index(best)]]
         pictures, remark = draw_pictures(result.session, pair[0], pair[1], num_pictures)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('mmdet_softnms.reevaluation', '.'), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader('mmdet_softnms.reevaluation', '.'),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template('report.html.jinja').render(
         title=title,
@@ -259,7 +268,7 @@ def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str]) -> dict[str
 
 
 def sensitivity_figures(rows: Sequence[Row]) -> list[Figure]:
-    """AP and AP at each IoU threshold over every parameter with at least three values, all else being that of the best."""
+    """AP at each IoU threshold over every parameter with three values or more, all else being that of the best row."""
     families: dict[Any, list[tuple[float, Row]]] = defaultdict(list)
     for row in rows:
         if row.source == 'config':
@@ -321,7 +330,9 @@ def precision_recall_figure(baseline: Row, best: Row) -> Figure:
             if name in row.precision:
                 label = f'IoU {int(name[2:]) / 100:.2f}, {"hard NMS" if row is baseline else row.rule}'
                 axes.plot(RECALLS, row.precision[name], style, color=colour, lw=1.5, label=label)
-    axes.set(title='Precision over recall, mean of classes', xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(
+        title='Precision over recall, mean of classes', xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02)
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, frameon=False)
     return figure
@@ -330,14 +341,22 @@ def precision_recall_figure(baseline: Row, best: Row) -> Figure:
 def class_gain_figure(baseline: Row, best: Row) -> Figure:
     """Gain in AP of every class; of many classes, those that gain and lose the most."""
     gains = sorted(
-        ((100 * (best.per_class[name] - value), name) for name, value in baseline.per_class.items() if name in best.per_class)
+        (
+            (100 * (best.per_class[name] - value), name)
+            for name, value in baseline.per_class.items()
+            if name in best.per_class
+        )
     )
     shown = gains if len(gains) <= _MAX_BARS else gains[: _MAX_BARS // 2] + gains[-_MAX_BARS // 2 :]
     figure = Figure(figsize=(6.4, max(2.0, 0.8 + 0.2 * len(shown))), layout='constrained')
     axes = figure.subplots()
     # Escaped: matplotlib takes a pair of dollars in a class name for mathematics.
     names = [name.replace('$', r'\$') for _, name in shown]
-    axes.barh(range(len(shown)), [gain for gain, _ in shown], color=['#c0392b' if gain < 0 else '#27803b' for gain, _ in shown])
+    axes.barh(
+        range(len(shown)),
+        [gain for gain, _ in shown],
+        color=['#c0392b' if gain < 0 else '#27803b' for gain, _ in shown],
+    )
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     title = 'Gain in AP by class' + ('' if len(shown) == len(gains) else f' (the extremes of {len(gains)})')
     axes.set(title=title, xlabel='points', ylim=(-0.6, len(shown) - 0.4))

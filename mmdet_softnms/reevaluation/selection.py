@@ -1,15 +1,17 @@
 """Which setting to use, and what choosing it is worth: tuning on some images, reporting on others, with intervals.
 
-Glossary: *setting* s, *image* i, *fold* f, *resample* b. ``weights[b, i]`` is how often image i was drawn in resample b.
+Glossary: *setting* s, *image* i, *fold* f, *resample* b. ``weights[b, i]``: how often image i was drawn in b.
 
-The best of 50 settings on some images is partly luck on those images. So settings are chosen on images other than those they
-are scored on: on a split of its own, or fold by fold (for each fold the setting that is best on all other folds; the
-detections of all folds are pooled and scored once). The interval comes from a paired bootstrap over images (Efron and
-Tibshirani 1993, percentiles), and each resample goes through the whole procedure again, choice included: it is the interval
-of the procedure, not of a setting somebody happened to like. An image drawn twice stays in its fold.
+The best of 50 settings on some images is partly luck on those images. So settings are chosen on images other than
+those they are scored on: on a split of its own, or fold by fold (for each fold the setting that is best on all other
+folds; the detections of all folds are pooled and scored once). The interval comes from a paired bootstrap over images
+(Efron and Tibshirani 1993, percentiles), and each resample goes through the whole procedure again, choice included:
+it is the interval of the procedure, not of a setting somebody happened to like. An image drawn twice stays in its
+fold.
 
-Detections are matched to objects once (:func:`match`), exactly as COCO does at all areas and 100 detections; what a resample
-changes is only how much each image counts. :func:`select` checks that equal weights give faster-coco-eval's AP.
+Detections are matched to objects once (:func:`match`), exactly as COCO does at all areas and 100 detections; what a
+resample changes is only how much each image counts. With equal weights the AP is
+faster-coco-eval's, which :func:`mmdet_softnms.reevaluation.engine.choose` checks every time.
 """
 
 import functools
@@ -38,7 +40,8 @@ class Matches:
         image: (D,) int32, position of the image in the data set.
         score: (D,) float32.
         true: (D,) uint16, bit t: true positive at ``IOU_THRS[t]``.
-        ignored: (D,) uint16, bit t: matched to a crowd or difficult object at ``IOU_THRS[t]``, so neither true nor false.
+        ignored: (D,) uint16, bit t: matched to a crowd or difficult object at ``IOU_THRS[t]``, so neither true nor
+            false.
         starts: (K + 1,) int64, detections of label k are rows ``starts[k]`` to ``starts[k + 1]``.
         row: (D,) int32, position of the detection in its image's results.
         object50: (D,) int32, annotation matched at IoU 0.5, as its position in ``truth.coco['annotations']``, or -1.
@@ -277,7 +280,10 @@ def pool_folds(
 
     num_classes = len(matches[0].starts) - 1
     label = np.concatenate(
-        [np.searchsorted(matches[setting].starts, part, side='right') - 1 for setting, part in zip(chosen, parts, strict=True)]
+        [
+            np.searchsorted(matches[setting].starts, part, side='right') - 1
+            for setting, part in zip(chosen, parts, strict=True)
+        ]
     )
     image, score = gather('image'), gather('score')
     order = np.lexsort((image_order[image], -score, label))
@@ -311,8 +317,8 @@ class Selection:
         criterion: what was chosen by.
         tuned_on: in words.
         procedure: the whole procedure against the baseline.
-        settings: every setting against its baseline, all images of the report split; what tuning on the same images that
-            are reported would claim is the best of these.
+        settings: every setting against its baseline, all images of the report split; what tuning on the same images
+            that are reported would claim is the best of these.
         chosen: position of the setting to use, chosen on all tuning images.
         chosen_by_fold: position by fold; empty where the tuning split is another.
         resamples: of the bootstrap.
@@ -348,8 +354,8 @@ def select(
     """Choose a setting and say what the choice is worth.
 
     Args:
-        settings: what to choose from, each with a baseline of its group among them. The config's own row is reported, but
-            never chosen: it is not of the grid.
+        settings: what to choose from, each with a baseline of its group among them. The config's own row is reported,
+            but never chosen: it is not of the grid.
         matches: of each setting on the images to report on.
         objects: of these images.
         tuning: matches and objects on a split of its own to tune on; None: k-fold over the images.
@@ -391,9 +397,7 @@ def select(
     values = run(jobs)
     report = np.stack([value[:, -1] for value in values[: len(settings)]], 1)  # (B + 1, S), all images
     names = list(labels or (setting.name for setting in settings))
-    each = [
-        _difference(name, report[:, number], report[:, baseline_of[number]]) for number, name in enumerate(names)
-    ]
+    each = [_difference(name, report[:, number], report[:, baseline_of[number]]) for number, name in enumerate(names)]
     if tuning is not None:
         tuned = np.stack([value[:, -1] for value in values[len(settings) :]], 1)
         best = grid[tuned[:, grid].argmax(1)]

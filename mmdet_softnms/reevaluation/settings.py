@@ -58,7 +58,9 @@ class Setting:
 
     def snippet(self, roi_head: str) -> str:
         """The lines to paste into a config that has this setting; ``roi_head`` of :mod:`mmdet_softnms.roi_heads`."""
-        kind = self.name if isinstance(self.rule, MmcvNMS) else f'{type(self.rule).__module__.split(".")[0]}.{self.name}'
+        kind = (
+            self.name if isinstance(self.rule, MmcvNMS) else f'{type(self.rule).__module__.split(".")[0]}.{self.name}'
+        )
         arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
         nms = ', '.join([f'type={kind!r}', *(f'{name}={value!r}' for name, value in arguments.items())])
         return (
@@ -73,7 +75,9 @@ def check_thresholds(score_thr: float, max_per_img: int) -> None:
     if isinstance(score_thr, str) or not 0 <= score_thr < 1:
         raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr}')
     if not isinstance(max_per_img, int) or (max_per_img < 1 and max_per_img != -1):
-        raise ReevaluationError(f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img}')
+        raise ReevaluationError(
+            f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img}'
+        )
 
 
 def default_settings(cfg: Config, score_thr: float, max_per_img: int, min_score: float) -> list[Setting]:
@@ -117,15 +121,16 @@ DEFAULT_SWEEP = ('SoftNMS.sigma=0.1:1.0:0.1', 'SoftNMS.iou_threshold=0.1:0.7:0.1
 def sweep_settings(
     specs: Sequence[str], cfg: Config, score_thr: float, max_per_img: int, min_score: float
 ) -> list[Setting]:
-    """The settings of a grid, a baseline before each group of equal ``score_thr`` and ``max_per_img``, the config's last.
+    """The settings of a grid, a baseline before each group of ``score_thr`` and ``max_per_img``, then the config's.
 
     Args:
-        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``, or the
-            path of a YAML file. VALUES are ``first:last:step`` with both ends, or a list with commas. All parameters of
-            one rule are crossed with each other; different rules are not; the three thresholds are crossed with
-            everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's ``nms`` or
-            ``soft_nms``. Where SoftNMS has no ``method``, ``iou_threshold`` sweeps the linear one and ``sigma`` the
-            gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``, and the thresholds.
+        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
+            or the path of a YAML file. VALUES are ``first:last:step`` with both ends, or a list with commas. All
+            parameters of one rule are crossed with each other; different rules are not; the three thresholds are
+            crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's
+            ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, ``iou_threshold`` sweeps the linear one and
+            ``sigma`` the gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
+            and the thresholds.
         cfg: the user's config.
         score_thr, max_per_img, min_score: where they are not swept.
 
@@ -133,7 +138,8 @@ def sweep_settings(
         ReevaluationError: a spec cannot be read; a rule or a parameter is unknown, out of range, or has no effect.
     """
     grids, around = _read_specs(specs)
-    around = {'score_thr': [score_thr], 'max_per_img': [max_per_img], 'min_score': [min_score]} | around
+    defaults: dict[str, list[Any]] = dict(score_thr=[score_thr], max_per_img=[max_per_img], min_score=[min_score])
+    around = defaults | around
     settings: dict[Any, Setting] = {}
     for group in itertools.product(around['score_thr'], around['max_per_img']):
         rules: list[Rule] = [HardNMS(iou_threshold=0.5)]
@@ -220,9 +226,9 @@ def _number(word: str) -> Any:
         return float(word)
 
 
-def _rules(name: str, grid: Mapping[str, Iterable[Any]], min_score: float) -> list[Rule]:
+def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float) -> list[Rule]:
     """Every rule of a grid, those that come out the same once."""
-    grid = {parameter: list(values) for parameter, values in grid.items()}
+    grid = dict(grid)
     kind = name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
     swept = list(grid)
     if kind == 'mmdet_softnms.SoftNMS' and 'method' not in grid:

@@ -7,13 +7,14 @@ A store is a folder::
     00000.parquet.sha256  its checksum, as ``sha256sum -c`` reads it
     ...
 
-Columns of a shard: ``img_id`` (int64 or string), ``height`` and ``width`` (int32, pixels of the original image), and six
-lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image), ``score``
-(float32) and ``label`` (int32). Values are the float32 the network gave, bit for bit; half precision would move AP.
-Parquet's byte-stream-split encoding and zstd make 21 raw bytes about 17. Nothing in it can run code when read.
+Columns of a shard: ``img_id`` (int64 or string), ``height`` and ``width`` (int32, pixels of the original image), and
+six lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image),
+``score`` (float32) and ``label`` (int32). Values are the float32 the network gave, bit for bit; half precision would
+move AP. Parquet's byte-stream-split encoding and zstd make 21 raw bytes about 17. Nothing in it can run code when
+read.
 
-A shard is finished when it and its checksum are there, both written whole and renamed. The bytes depend on nothing but the
-candidates, so a run that was killed and taken up again, or spread over processes, leaves the same files.
+A shard is finished when it and its checksum are there, both written whole and renamed. The bytes depend on nothing
+but the candidates, so a run that was killed and taken up again, or spread over processes, leaves the same files.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ class ImageCandidates:
 
 @dataclass
 class Candidates(Sequence[ImageCandidates]):
-    """Candidates of a whole test set in flat arrays; those of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
+    """Candidates of a whole test set in flat arrays; image ``i`` has rows ``offsets[i]`` to ``offsets[i + 1]``."""
 
     img_ids: list[Any]
     shapes: np.ndarray  # (I, 2) int32: height, width
@@ -234,7 +235,7 @@ def find_stores(folder: Path) -> list[CandidateStore]:
     return stores
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all; an earlier one stays until the new one is complete and on disk.
 
     Raises:

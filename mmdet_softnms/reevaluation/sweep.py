@@ -1,7 +1,7 @@
 """Many settings over the same candidates: every core of the machine, every rank of a launcher, and nothing done twice.
 
-Each finished row is appended to ``sweep-partial-RANK.jsonl`` in the work directory, so that an interrupted sweep goes on
-where it stopped; the files are deleted once ``reevaluation.json`` holds all rows.
+Each finished row is appended to ``sweep-partial-RANK.jsonl`` in the work directory, so that an interrupted sweep goes
+on where it stopped; the files are deleted once ``reevaluation.json`` holds all rows.
 """
 
 import functools
@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import platform
 import signal
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info, get_local_size
+from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.post_process import suppress
@@ -103,7 +104,8 @@ def evaluate_all(
         on_row(row, number + 1, len(settings))
     finished = len(rows)
     mine = {}
-    for number, row in _run(_evaluate, candidates, settings, own, truth, processes):
+    sharers = all_gather_object(platform.node()).count(platform.node())  # ranks on this machine
+    for number, row in _run(_evaluate, candidates, settings, own, truth, processes, sharers):
         mine[number] = row
         if partial:
             _append(partial, dict(identity=identity, setting=_key(settings[number]), row=asdict(row)))
@@ -157,7 +159,7 @@ def match_all(
     processes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Matches]:
-    """Detections of every setting matched to the objects, for the choice of a setting; arguments of :func:`evaluate_all`."""
+    """Detections of every setting matched to the objects, for choosing one; arguments as in :func:`evaluate_all`."""
     matches = {}
     for number, found in _run(_match, candidates, settings, list(range(len(settings))), truth, processes):
         matches[number] = found
@@ -195,13 +197,12 @@ def _run(
     numbers: list[int],
     truth: GroundTruth,
     processes: int | None,
+    sharers: int = 1,
 ) -> Iterator[tuple[int, Any]]:
-    """Work on some settings, here or in processes of this machine, and yield results as they come."""
+    """Work on some settings, here or in processes, and yield results as they come; ``sharers``: ranks on this machine."""
     if processes is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        processes = max(1, cores // (get_local_size() if get_dist_info()[1] > 1 else 1))
-        if len(numbers) * len(candidates) < _WORTH_PROCESSES:
-            processes = 1
+        processes = max(1, cores // sharers) if len(numbers) * len(candidates) >= _WORTH_PROCESSES else 1
     processes = min(processes, len(numbers))
     if processes <= 1:
         scorer = _Scorer(candidates, truth)
@@ -219,8 +220,8 @@ def _run(
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise ReevaluationError(
-                'a process of the sweep died (out of memory?); finished rows are kept: run again, with --processes 1 if '
-                'memory is short'
+                'a process of the sweep died (out of memory?); finished rows are kept: run again, with --processes 1 '
+                'if memory is short'
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -53,9 +53,16 @@ def _picture(path: Path, size=(500, 500)) -> str:
 def _reevaluation(session: Session, **options) -> Reevaluation:
     rows = evaluate_all(session.candidates, session.settings, session.truth)
     about = dict(
-        dataset='Drawn <b>set</b>', num_images=len(session.candidates), num_candidates=session.candidates.num_candidates,
-        masks_left_out=False, store='', store_bytes=0, forward_images=0, forward_seconds=0.0, notes=[],
-    )  # fmt: skip
+        dataset='Drawn <b>set</b>',
+        num_images=len(session.candidates),
+        num_candidates=session.candidates.num_candidates,
+        masks_left_out=False,
+        store='',
+        store_bytes=0,
+        forward_images=0,
+        forward_seconds=0.0,
+        notes=[],
+    )
     return Reevaluation(**(about | options), rows=rows, session=session)
 
 
@@ -151,7 +158,9 @@ def test_curves_of_both_parameters_and_of_the_best_rest(result):
 
 def test_plots_are_drawn_without_a_display(page):
     environment = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY')}
-    script = 'import matplotlib; import mmdet_softnms.reevaluation.report; print(matplotlib.get_backend(auto_select=False))'
+    script = (
+        'import matplotlib; import mmdet_softnms.reevaluation.report; print(matplotlib.get_backend(auto_select=False))'
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, '-c', script], env=environment, cwd=root, capture_output=True, text=True, check=True
@@ -168,12 +177,17 @@ def _scene(tmp_path):
 
     pair, dog = [[50.0, 50, 150, 150], [80.0, 50, 180, 150]], [[20.0, 20, 120, 120], [50.0, 20, 150, 120]]
     candidates = Candidates.of([image(0, pair, [0.9, 0.8], [0, 0]), image(1, dog, [0.9, 0.85], [1, 1])])
+    objects = [(1, 0, pair[0]), (1, 0, pair[1]), (2, 1, dog[0]), (2, 1, [200.0, 20, 250, 70])]
     annotations = [
         dict(id=number + 1, image_id=image_id, category_id=label + 1, iscrowd=0, area=1e4,
              bbox=[box[0], box[1], box[2] - box[0], box[3] - box[1]])
-        for number, (image_id, label, box) in enumerate([(1, 0, pair[0]), (1, 0, pair[1]), (2, 1, dog[0]), (2, 1, [200.0, 20, 250, 70])])
+        for number, (image_id, label, box) in enumerate(objects)
     ]  # fmt: skip
-    coco = dict(images=[dict(id=1), dict(id=2)], annotations=annotations, categories=[dict(id=1, name='cat'), dict(id=2, name='dog')])
+    coco = dict(
+        images=[dict(id=1), dict(id=2)],
+        annotations=annotations,
+        categories=[dict(id=1, name='cat'), dict(id=2, name='dog')],
+    )
     path = _picture(tmp_path / 'one.jpg', (200, 300))
     settings = [Setting(HardNMS(0.5), 1e-3, 100), Setting(SoftNMS('linear', iou_threshold=0.3), 1e-3, 100)]
     return Session(settings, candidates, GroundTruth(('cat', 'dog'), coco, [1, 2], [1, 2]), [path, path])

@@ -22,8 +22,8 @@ from mmdet_softnms.reevaluation.selection import (
 from mmdet_softnms.reevaluation.settings import Setting
 from mmdet_softnms.reevaluation.store import ReevaluationError
 from mmdet_softnms.reevaluation.sweep import detections
-from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
 from mmdet_softnms.roi_heads import SoftNMSRoIHead
+from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
 from tests.drawn import drawn_test_set
 from tests.tiny import build, tiny_config
 
@@ -68,7 +68,9 @@ def test_more_than_100_detections_of_a_class_in_an_image(drawn):
     random = np.random.default_rng(0)
     results = []
     for result in _results(candidates, NoSuppression()):
-        more = torch.from_numpy(random.integers(0, len(result), 400)) if len(result) else torch.zeros(0, dtype=torch.int64)
+        more = (
+            torch.from_numpy(random.integers(0, len(result), 400)) if len(result) else torch.zeros(0, dtype=torch.int64)
+        )
         repeated = result[more] if len(result) else result
         results.append(InstanceData(bboxes=repeated.bboxes, scores=repeated.scores, labels=repeated.labels))
     assert max(int(torch.bincount(result.labels).max()) for result in results if len(result)) > 100
@@ -118,7 +120,9 @@ def test_the_ap_of_one_image_is_cocos_on_that_image(drawn):
             continue
         some, alone = _resampled(results, truth, [image])
         aps = Evaluator(alone)(some).per_class
-        expected = sum(aps[f'class {label}'] * count for label, count in enumerate(per_class) if count) / per_class.sum()
+        expected = (
+            sum(aps[f'class {label}'] * count for label, count in enumerate(per_class) if count) / per_class.sum()
+        )
         assert values[image] == pytest.approx(expected, abs=1e-12)
         checked += 1
     assert checked > 15
@@ -143,7 +147,7 @@ def _noise(num_settings, num_images=60, seed=0):
 
 
 def test_the_best_of_many_lucky_settings_is_not_flattered():
-    """Nothing is really better than a baseline that is just as noisy; the best of 30 looks so, the procedure must not."""
+    """Nothing is better than a baseline that is just as noisy; the best of 30 looks so, the procedure must not."""
     flattered, honest = [], []
     for seed in range(3):
         settings, matches, objects = _noise(32, seed=seed)

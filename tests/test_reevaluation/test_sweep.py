@@ -10,7 +10,9 @@ from mmdet_softnms.reevaluation.store import ReevaluationError
 from mmdet_softnms.reevaluation.sweep import evaluate_all, forget_partial, match_all
 from tests.drawn import drawn_test_set
 
-CFG = Config(dict(model=dict(test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5))))))
+CFG = Config(
+    dict(model=dict(test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5)))))
+)
 
 
 def _settings(*specs, score_thr=1e-3, max_per_img=100, min_score=1e-3):
@@ -39,7 +41,9 @@ def test_the_swept_parameter_says_the_method():
 
 
 def test_parameters_of_one_rule_are_crossed_and_rules_are_not():
-    rows = _rows('SoftNMS.sigma=0.4,0.6', 'SoftNMS.offset=0,1', 'HardNMS.iou_threshold=0.4,0.5,0.6', 'nms.iou_threshold=0.7')
+    rows = _rows(
+        'SoftNMS.sigma=0.4,0.6', 'SoftNMS.offset=0,1', 'HardNMS.iou_threshold=0.4,0.5,0.6', 'nms.iou_threshold=0.7'
+    )
     # Hard NMS at 0.5 is the baseline, and not there twice.
     assert len(rows) == 4 + 2 + 1
 
@@ -141,7 +145,7 @@ def test_processes_give_the_same_rows_and_matches(drawn, rows):
             assert (values == getattr(right, name)).all()
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -150,16 +154,21 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(drawn, rows, tmp_path):
 
     def stop(row, done, total):
         if done == 2:
-            raise _Stop
+            raise _StopError
 
-    with pytest.raises(_Stop):
+    with pytest.raises(_StopError):
         evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a', on_row=stop)
     partial = tmp_path / 'sweep-partial-0.jsonl'
     # A kill in the middle of writing leaves half a line.
     partial.write_text(partial.read_text() + '{"identity": "a", "setting": "tab')
     fresh = []
     again = evaluate_all(
-        drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a', on_row=lambda row, done, total: fresh.append(done)
+        drawn[0],
+        settings,
+        drawn[1],
+        work_dir=tmp_path,
+        identity='a',
+        on_row=lambda row, done, total: fresh.append(done),
     )
     assert _without_times(again) == _without_times(rows)
     # Two kept, three new: kept ones keep the seconds they took.

@@ -150,7 +150,7 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
     _, error = process.communicate(timeout=60)
     assert process.returncode == status, error
     if number == signal.SIGINT:
-        assert 'interrupted: nothing was written' in error
+        assert 'interrupted: earlier results are intact' in error
     assert earlier.read_text() == '{"earlier": true}'
     assert [path.name for path in tmp_path.iterdir() if path.suffix == '.tmp'] == []
 
@@ -162,13 +162,112 @@ def test_a_work_dir_that_cannot_be_written(project, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith('error: ')
 
 
-def test_two_processes_give_the_same_rows(project, tmp_path):
-    single = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'one')
+def test_an_unwritable_work_dir_is_told_before_the_network_runs(project, tmp_path):
+    """As another user, since root may write anywhere."""
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(TOOL.parents[1])!r})
+from pathlib import Path
+from mmdet_softnms.reevaluation.engine import only_run_in
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+try:
+    only_run_in(Path({str(tmp_path)!r}) / 'work')
+except OSError as error:
+    print('refused:', type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert 'refused: PermissionError' in done.stdout, done.stderr[-1000:]
+
+
+def test_a_second_run_needs_no_network_and_says_so(project, tmp_path):
+    first = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = json.loads((tmp_path / 'reevaluation.json').read_text())
+    assert before['forward_images'] == 6
+    second = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path, '--sweep', 'SoftNMS.sigma=0.5')
+    assert 'stored candidates found' in second.stderr and 'forward pass, batches' not in second.stderr
+    after = json.loads((tmp_path / 'reevaluation.json').read_text())
+    assert after['forward_images'] == 0 and after['store'] == before['store']
+    assert after['rows'][1]['metrics'] == before['rows'][2]['metrics']
+    for name in ('report.html', 'report.md'):
+        assert 'sigma=0.5' in (tmp_path / name).read_text()
+    # Made elsewhere: copied into another work directory by hand, or named.
+    named = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'b', '--store', before['store'])
+    assert named.returncode == 0, named.stderr
+    assert (
+        json.loads((tmp_path / 'b' / 'reevaluation.json').read_text())['rows'][0]['metrics']
+        == before['rows'][0]['metrics']
+    )
+    low = _run(project.coco_config, project.checkpoint, '--store', before['store'], '--score-thr', '1e-5', cwd=tmp_path)
+    assert low.returncode == 1 and 'holds candidates above 0.001 only' in low.stderr
+    empty = _run(project.coco_config, project.checkpoint, '--store', tmp_path / 'b', cwd=tmp_path)
+    assert empty.returncode == 1 and 'is not a store of candidates' in empty.stderr
+
+
+def test_select_prints_a_config_that_can_be_pasted(project, tmp_path):
+    command = (project.coco_config, project.checkpoint, '--work-dir', tmp_path, '--select', '--folds', 3)
+    done = _run(*command, '--sweep', 'SoftNMS.sigma=0.3,0.7')
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((tmp_path / 'reevaluation.json').read_text())['selection']
+    assert chosen['resamples'] == 1000 and len(chosen['settings']) == 4 and len(chosen['chosen_by_fold']) == 3
+    text = done.stdout.split('To paste into the config:')[1].split('written:')[0]
+    pasted: dict = {}
+    exec(text, pasted)
+    assert pasted['model']['test_cfg']['rcnn']['nms']['type'].startswith('mmdet_softnms.')
+    assert 'Which setting to use' in (tmp_path / 'report.html').read_text()
+    assert ('no significant difference' in done.stdout) == (not chosen['significant'])
+
+
+def test_select_tunes_on_a_split_of_its_own(project, tmp_path):
+    """Half of the images as val_dataloader: tuned there, reported on the other half; shared images are refused."""
+    content = json.loads((project.root / 'coco.json').read_text())
+    for name, ids in (('tune', {1, 2, 3}), ('report', {4, 5, 6})):
+        part = dict(content, images=[one for one in content['images'] if one['id'] in ids])
+        part['annotations'] = [one for one in content['annotations'] if one['image_id'] in ids]
+        (project.root / f'{name}.json').write_text(json.dumps(part))
+    options = ['--cfg-options']
+    for loader, name in (('test', 'report'), ('val', 'tune')):
+        options += [f'{loader}_dataloader.dataset.ann_file={name}.json']
+        options += [f'{loader}_evaluator.ann_file={project.root}/{name}.json']
+    select = ('--select', '--sweep', 'SoftNMS.sigma=0.3,0.7')
+    done = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path, *select, *options)
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((tmp_path / 'reevaluation.json').read_text())['selection']
+    assert chosen['tuned_on'] == 'a split of its own' and chosen['chosen_by_fold'] == []
+    same = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'b', *select, '--tune-on', 'val')
+    assert same.returncode == 1
+    assert '6 of 6 images of val_dataloader are test images too' in same.stderr
+
+
+def test_two_runs_in_one_directory(project, tmp_path):
+    from mmdet_softnms.reevaluation.engine import only_run_in
+
+    lock = only_run_in(tmp_path)
+    try:
+        done = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path)
+    finally:
+        lock.release()
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f'error: another run is at work in {tmp_path}')
+
+
+def test_two_processes_give_the_same_bytes_and_rows(project, tmp_path):
+    """At equal threads: torchrun sets one. The sweep is divided among the processes, too."""
+    sweep = ('--sweep', 'SoftNMS.sigma=0.3,0.5,0.7')
+    environment = dict(os.environ, OMP_NUM_THREADS='1')
+    single = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'one', *sweep, env=environment)
     assert single.returncode == 0, single.stderr
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(TOOL)]
-    command += [str(project.coco_config), str(project.checkpoint), '--work-dir', str(tmp_path / 'two')]
-    done = subprocess.run([*command, '--launcher', 'pytorch'], capture_output=True, text=True, timeout=300)
+    command += [str(project.coco_config), str(project.checkpoint), '--work-dir', str(tmp_path / 'two'), *sweep]
+    command += ['--launcher', 'pytorch']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads((tmp_path / name / 'reevaluation.json').read_text())['rows'] for name in ('one', 'two')]
-    for one, two in zip(*rows, strict=True):
-        assert one['metrics'] == pytest.approx(two['metrics'], abs=1e-4)
+    one, two = (json.loads((tmp_path / name / 'reevaluation.json').read_text()) for name in ('one', 'two'))
+    stores = [{path.name: path.read_bytes() for path in Path(content['store']).iterdir()} for content in (one, two)]
+    assert stores[0] == stores[1] and len(stores[0]) == 1 + 2 * 6
+    for left, right in zip(one['rows'], two['rows'], strict=True):
+        assert {**left, 'seconds': 0, 'metric_seconds': 0} == {**right, 'seconds': 0, 'metric_seconds': 0}
+    assert len(one['rows']) == 5
