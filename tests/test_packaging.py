@@ -87,7 +87,9 @@ def test_metadata_forces_no_stack(built):
     assert metadata['Version'] == mmdet_softnms.__version__
     assert metadata['Requires-Python'] == '>=3.10'
     required = [line for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line]
-    assert {line.split('>')[0] for line in required} == {'torch', 'numpy', 'numba', 'rich'}
+    assert {line.split('>')[0] for line in required} == {
+        'torch', 'numpy', 'numba', 'rich', 'pyarrow', 'faster-coco-eval', 'matplotlib', 'jinja2', 'filelock'
+    }  # fmt: skip
     stack = re.compile('mmdet|mmcv|mmengine|openmim|onedl', re.IGNORECASE)
     assert not [line for line in metadata.get_all('Requires-Dist') if stack.search(line)]  # nor in an extra
 

@@ -75,7 +75,7 @@ class Display:
     Drawn from this thread only: mmdet's VOC evaluation forks, and a fork must not meet another thread holding a lock.
     """
 
-    def __init__(self, sweep: bool) -> None:
+    def __init__(self, sweep: bool, quiet: bool) -> None:
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import (
@@ -92,7 +92,7 @@ class Display:
             TextColumn('left'), TimeRemainingColumn(), auto_refresh=False,
         )  # fmt: skip
         self._group, self._sweep = Group, sweep
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=quiet)
         self.live = Live(self._bars, console=self._console, auto_refresh=False)
         self._tasks: dict[str, Any] = {}
         self._rows: list[Any] = []
@@ -125,6 +125,7 @@ class Display:
 def run(args: argparse.Namespace) -> None:
     """Re-evaluate, print the table, write the files."""
     from mmengine.config import Config
+    from mmengine.dist import is_main_process
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
     from mmdet_softnms.reevaluation.candidates import start_processes
@@ -146,10 +147,9 @@ def run(args: argparse.Namespace) -> None:
     work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
     sweep = args.sweep or (DEFAULT_SWEEP if args.select else ())
     start_processes(args.launcher)
-    main_process = int(os.environ.get('RANK', 0)) == 0
-    lock = only_run_in(work_dir) if main_process else None
+    lock = only_run_in(work_dir) if is_main_process() else None
 
-    display = Display(bool(sweep))
+    display = Display(sweep=bool(sweep), quiet=not is_main_process())
     with display.live:
         result = reevaluate(
             cfg,

@@ -8,5 +8,6 @@ cd "$(dirname "$0")/.."
 take_setup_options "$@"
 setup_env
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
-say 'Running the tests (about 8 min)'
-exec "$VENV/bin/python" -m pytest ${REST[@]+"${REST[@]}"}
+say 'Running the tests (about 8 min on 2 cores)'
+cores=$(getconf _NPROCESSORS_ONLN)
+exec "$VENV/bin/python" -m pytest --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope ${REST[@]+"${REST[@]}"}

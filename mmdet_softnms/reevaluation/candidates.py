@@ -169,8 +169,8 @@ def has_mask_head(cfg: Config) -> bool:
     return cfg.model.roi_head.get('mask_head') is not None
 
 
-def build_test_set(cfg: Config) -> BaseDataset:
-    """Build the dataset of ``cfg.test_dataloader`` and check that its files are there.
+def build_test_set(cfg: Config, check_images: bool = True) -> BaseDataset:
+    """Build the dataset of ``cfg.test_dataloader`` and check that its annotations and, if wanted, images are there.
 
     Raises:
         ReevaluationError: no test set in the config; the annotation file or an image is missing; no image; image ids
@@ -194,7 +194,7 @@ def build_test_set(cfg: Config) -> BaseDataset:
     if len({info['img_id'] for info in infos}) < len(infos):
         raise ReevaluationError('image ids of the test set are not unique; evaluate its parts one by one')
     paths = [info['img_path'] for info in infos if '://' not in info['img_path']]
-    if missing := [path for path in paths if not osp.isfile(path)]:
+    if check_images and (missing := [path for path in paths if not osp.isfile(path)]):
         raise ReevaluationError(
             f'{len(missing)} of {len(paths)} test images are missing, first {missing[0]}; put them there or correct '
             'test_dataloader.dataset.data_root / data_prefix (--cfg-options)'

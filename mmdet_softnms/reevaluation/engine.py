@@ -112,7 +112,7 @@ def reevaluate(
         folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         if get_dist_info()[0] == 0:
             stack.enter_context(only_run_in(folder))
-        dataset = build_test_set(cfg)
+        dataset = build_test_set(cfg, check_images=store is None)
         truth = read_ground_truth(cfg, dataset)
         img_ids = [dataset.get_data_info(number)['img_id'] for number in range(len(dataset))]
         floor = min(setting.score_thr for setting in settings)

@@ -142,6 +142,13 @@ def _from_coco_json(classes: tuple[str, ...], infos: list[dict[str, Any]], path:
             f"annotation file {path} names none of the model's classes ({', '.join(classes[:3])}, ...); correct "
             'test_dataloader.dataset.metainfo'
         )
+    if len(known) != len(classes):
+        # mmdet numbers the categories it finds, so each label after a missing one would mean another class.
+        missing_names = sorted(set(classes) - {category['name'] for category in known})
+        raise ReevaluationError(
+            f"annotation file {path} has {len(known)} of the model's {len(classes)} classes (not "
+            f'{", ".join(missing_names[:3])}); add the others to its categories, with or without objects'
+        )
     image_ids = _image_ids(img_ids)
     number_of = dict(zip(img_ids, image_ids, strict=True))
     known_ids = {category['id'] for category in known}

@@ -199,7 +199,7 @@ def _run(
     processes: int | None,
     sharers: int = 1,
 ) -> Iterator[tuple[int, Any]]:
-    """Work on some settings, here or in processes, and yield results as they come; ``sharers``: ranks on this machine."""
+    """Work on some settings, here or in processes, and yield results as they come; ``sharers``: ranks on this host."""
     if processes is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         processes = max(1, cores // sharers) if len(numbers) * len(candidates) >= _WORTH_PROCESSES else 1

@@ -112,6 +112,7 @@ def test_classes_the_model_does_not_know_are_left_out_and_said_so(project, tmp_p
         (lambda content: content['annotations'][0].pop('bbox'), 'annotation 1 of .* has no bbox'),
         (lambda content: content['annotations'].clear(), 'has no annotated object'),
         (lambda content: content.pop('categories'), 'is not a COCO json: KeyError'),
+        (lambda content: content['categories'].pop(2), r"4 of the model's 5 classes \(not cat\)"),
         (lambda content: [one.update(name='yak') for one in content['categories']], "none of the model's classes"),
     ],
 )

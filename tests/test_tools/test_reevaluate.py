@@ -201,10 +201,32 @@ def test_a_second_run_needs_no_network_and_says_so(project, tmp_path):
         json.loads((tmp_path / 'b' / 'reevaluation.json').read_text())['rows'][0]['metrics']
         == before['rows'][0]['metrics']
     )
-    low = _run(project.coco_config, project.checkpoint, '--store', before['store'], '--score-thr', '1e-5', cwd=tmp_path)
-    assert low.returncode == 1 and 'holds candidates above 0.001 only' in low.stderr
-    empty = _run(project.coco_config, project.checkpoint, '--store', tmp_path / 'b', cwd=tmp_path)
-    assert empty.returncode == 1 and 'is not a store of candidates' in empty.stderr
+
+
+def test_stores_that_cannot_be_taken(project, tmp_path):
+    from mmengine.config import Config
+
+    from mmdet_softnms.reevaluation.candidates import collect
+    from mmdet_softnms.reevaluation.engine import reevaluate
+    from mmdet_softnms.reevaluation.store import ReevaluationError
+
+    cfg = Config.fromfile(project.coco_config)
+    store = collect(cfg, project.checkpoint, 1e-3, tmp_path).store
+
+    def refused(words, **options):
+        with pytest.raises(ReevaluationError, match=words):
+            reevaluate(cfg, project.checkpoint, **options)
+
+    refused('holds candidates above 0.001 only', store=store.folder, score_thr=1e-5)
+    refused('is not a store of candidates', store=tmp_path)
+    cfg.test_dataloader.dataset.indices = 4
+    refused('holds 6 images but the test set 4', store=store.folder)
+    del cfg.test_dataloader.dataset['indices']
+    # On a machine without the images: everything but the pictures.
+    cfg.test_dataloader.dataset.data_prefix.img = 'gone/'
+    assert len(reevaluate(cfg, project.checkpoint, store=store.folder).rows) == 4
+    store.path_of(0).unlink()
+    refused('1 of 6 shards cannot be used .00000.parquet missing', store=store.folder)
 
 
 def test_select_prints_a_config_that_can_be_pasted(project, tmp_path):
