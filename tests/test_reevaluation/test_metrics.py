@@ -16,7 +16,7 @@ from mmdet_softnms.reevaluation.metrics import AP_NAMES, COCO_STATS, RECALLS, Ev
 from mmdet_softnms.reevaluation.settings import Setting
 from mmdet_softnms.reevaluation.store import ReevaluationError
 from mmdet_softnms.reevaluation.sweep import detections
-from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
+from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS, describe
 from tests.drawn import drawn_test_set
 from tests.tiny_dataset import make_project
 
@@ -40,7 +40,7 @@ def _pycocotools(truth, results):
     return evaluation
 
 
-@pytest.mark.parametrize('rule', [HardNMS(0.5), SoftNMS('gaussian'), SoftNMS('linear'), NoSuppression()], ids=str)
+@pytest.mark.parametrize('rule', [HardNMS(0.5), SoftNMS('gaussian'), SoftNMS('linear'), NoSuppression()], ids=describe)
 @pytest.mark.parametrize('seed', [0, 1])
 def test_every_number_is_pycocotools(rule, seed):
     candidates, truth = drawn_test_set(seed=seed)
