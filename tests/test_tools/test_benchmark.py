@@ -22,7 +22,7 @@ def benchmark() -> ModuleType:
     return module
 
 
-SMALL = ['op', '--sizes', '200', '--classes', '5', '--dense', '300', '--seconds', '0']
+SMALL = ['op', '--sizes', '200', '--classes', '5', '--dense', '300', '--wanted', '100', '-1', '--seconds', '0']
 
 
 def test_rows_and_files(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,8 +35,9 @@ def test_rows_and_files(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Ca
     rows = report['rows']
     assert len(rows) == 3 * 3 * 2  # scenes, rules, top 100 or all
     for row in rows:
-        peers = {'ours', 'mmcv hard'} | ({'mmcv soft', 'ensemble-boxes'} if row['rule'] != 'hard' else set())
-        assert set(row['milliseconds']) == set(row['calls']) == set(row['kept']) == peers
+        peers = {'ours', 'mmcv hard', 'plain PyTorch'}
+        peers |= {'mmcv soft', 'ensemble-boxes soft'} if row['rule'] != 'hard' else set()
+        assert set(row['milliseconds']) == set(row['calls']) == set(row['kept']) >= peers
         assert all(value > 0 for value in row['milliseconds'].values())
         assert row['kept']['ours'] <= (row['max_num'] if row['max_num'] >= 0 else row['candidates'])
         # One class needs no offset, so nothing but ties at the last bit can part us from mmcv.
@@ -44,7 +45,7 @@ def test_rows_and_files(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Ca
 
     text = (folder / 'benchmark_op.md').read_text()
     assert sum(line.startswith('|') for line in text.splitlines()) == 2 + len(rows)
-    for peer in ('mmcv soft', 'mmcv hard', 'ensemble-boxes'):
+    for peer in ('mmcv soft', 'mmcv hard', 'ensemble-boxes soft', 'plain PyTorch'):
         assert f'worst against {peer}' in text and f'best against {peer}' in text
     for private in (str(Path.home()), str(tmp_path), str(SCRIPT.parents[1]), sys.prefix):
         assert private not in text + json.dumps(report), 'a path of this machine is in the report'
@@ -76,7 +77,7 @@ def test_slow_peer_is_called_once_and_marked(benchmark: ModuleType, monkeypatch:
     monkeypatch.setattr(benchmark, 'SLOW', 0)
     row = benchmark.measure(benchmark.detector_candidates(200, 5), 'gaussian', 100, seconds=0)
     assert set(row['calls'].values()) == {1}
-    assert sum('(once)' in cell for cell in benchmark.cells(row)) == 3
+    assert sum('once' in cell for cell in benchmark.cells(row, benchmark.PEERS)) == len(row['calls']) - 1 >= 4
 
 
 @pytest.mark.parametrize(
