@@ -17,6 +17,10 @@ The candidates are drawn, but shaped like a detector's:
 ``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against its definition in plain PyTorch and,
 where torchvision is installed, against its operator.
 
+``stage``: logits and deltas in, detections out, against mmdet's own stage with hard NMS, at several ``score_thr``.
+
+``growth``: time and memory against candidates, classes and ``max_num``, with fitted exponents and a plot.
+
 ``sweep``: many suppression settings over the stored candidates of a drawn test set the size of COCO val2017: 5,000 of
 the scenes above with 7 objects each, 80 classes. Tells the size of the store and how the time divides into reading
 it, suppression and COCO metrics.
@@ -45,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
 
 from _benchmark_peers import MMCV_HARD, MMCV_SOFT, PEERS, REMARKS, TensorFlow, peers
+from _benchmark_stage import PARTS, STOCK, exponent, median, peak_bytes, stages
 
 from mmdet_softnms import soft_nms
 from mmdet_softnms.layers import KINDS, ps_roi_pool
@@ -59,7 +64,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 OURS = 'ours'
 SLOW = 2.0  # seconds; a peer whose first call takes longer is not called again
-TOO_SLOW = 10.0  # seconds; a peer that took longer on fewer candidates of the same kind is not called at all
+TOO_SLOW = 1.0  # seconds; a peer that took longer on fewer candidates of the same kind is not called at all
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 CHECKED = 2000  # selections compared with the reference, which needs a pass over all boxes for each
 
@@ -437,6 +442,112 @@ def run_pool(arguments: argparse.Namespace) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+# --- stage and growth -------------------------------------------------------------------------------------------------
+
+
+def run_stage(arguments: argparse.Namespace) -> None:
+    """mmdet's post-processing stage with hard NMS, and ours."""
+    rows = []
+    for score_thr in arguments.score_thr:
+        timed = stages(score_thr)
+        times, results = in_turns(timed, arguments.seconds)
+        candidates = len(results[PARTS[1]])
+        medians = {name: median(values) for name, values in times.items()}
+        rows.append(dict(score_thr=score_thr, candidates=candidates, milliseconds=medians))
+    names = list(rows[0]['milliseconds'])
+    table = Table(
+        'score_thr', 'candidates', *names, title='one image, 1,000 proposals, 80 classes, ms (ratio to mmdet)'
+    )
+    for row in rows:
+        stock = row['milliseconds'][STOCK]
+        cells_of = [
+            f'{value:.2f}' + (f' ({stock / value:.2f}x)' if name.startswith('ours') else '')
+            for name, value in row['milliseconds'].items()
+        ]
+        table.add_row(f'{row["score_thr"]:g}', f'{row["candidates"]:,}', *cells_of)
+    Console(width=180).print(table)
+    _finish(arguments, 'stage', rows)
+
+
+def run_growth(arguments: argparse.Namespace) -> None:
+    """Time and memory against one size at a time, and the exponents."""
+    num = arguments.largest
+    sizes = [num // 4**step for step in range(6, -1, -1)]
+    scenes_of: dict[str, list[tuple[int, Candidates, int]]] = {
+        'candidates, 80 classes, top 100': [
+            (size, detector_candidates(size, 80, num_proposals=max(1000, 5 * size // 320)), 100) for size in sizes
+        ],
+        'candidates, 80 classes, all': [
+            (size, detector_candidates(size, 80, num_proposals=max(1000, 5 * size // 320)), -1) for size in sizes
+        ],
+        'candidates, 1 crowded class, top 100': [
+            (size, detector_candidates(size, 1, num_proposals=size), 100) for size in sizes
+        ],
+        'candidates, 1 crowded class, all': [
+            (size, detector_candidates(size, 1, num_proposals=size), -1) for size in sizes[:-1]
+        ],
+        'classes, 20,000 candidates, top 100': [
+            (size, detector_candidates(20_000, size, num_proposals=max(1000, 25_000 // size)), 100)
+            for size in (1, 4, 20, 80, 320, 1203)
+        ],
+        'max_num, 20,000 candidates, 80 classes': [
+            (size, detector_candidates(20_000, 80), size) for size in (10, 40, 160, 640, 2560, 10240)
+        ],
+    }
+    rows: list[dict[str, Any]] = []
+    for name, scenes_here in scenes_of.items():
+        milliseconds, memory = [], []
+        for _, one, max_num in scenes_here:
+            timed = calls(one, 'gaussian', max_num)
+            milliseconds.append(median(in_turns({OURS: timed[OURS]}, arguments.seconds)[0][OURS]))
+            memory.append(peak_bytes(one.boxes, one.scores, one.labels, max_num))
+        measured = [size for size, _, _ in scenes_here]
+        rows.append(
+            dict(
+                name=name,
+                sizes=measured,
+                milliseconds=milliseconds,
+                bytes=memory,
+                exponent=exponent(measured, milliseconds),
+                exponent_of_the_last=exponent(measured[-3:], milliseconds[-3:]),
+            )
+        )
+    table = Table('grows', 'sizes', 'ms', 'peak MB', 'exponent', 'of the last three', title='gaussian, one image')
+    for row in rows:
+        table.add_row(
+            row['name'],
+            *(' '.join(texts) for texts in (
+                [f'{size:,}' for size in row['sizes']],
+                [f'{value:.3g}' for value in row['milliseconds']],
+                ['?' if value is None else f'{value / 2**20:.1f}' for value in row['bytes']],
+            )),
+            f'{row["exponent"]:.2f}',
+            f'{row["exponent_of_the_last"]:.2f}',
+        )  # fmt: skip
+    Console(width=230).print(table)
+    if arguments.out:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout='constrained')
+        axes = figure.subplots()
+        for row in rows:
+            axes.loglog(row['sizes'], row['milliseconds'], 'o-', label=f'{row["name"]}: exponent {row["exponent"]:.2f}')
+        axes.set(xlabel='size', ylabel='ms', title='soft_nms, gaussian, one image')
+        axes.grid(alpha=0.3, which='both')
+        axes.legend(fontsize=7)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(arguments.out / 'benchmark_growth.svg', metadata={'Date': None})
+    _finish(arguments, 'growth', rows)
+
+
+def _finish(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> None:
+    about = machine()
+    print(', '.join(f'{key} {value}' for key, value in about.items()))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write(arguments.out / f'benchmark_{name}.json', json.dumps({'machine': about, 'rows': rows}, indent=1))
+
+
 # --- sweep ------------------------------------------------------------------------------------------------------------
 
 
@@ -629,6 +740,15 @@ def parser() -> argparse.ArgumentParser:
     pool = commands.add_parser('pool', help='position-sensitive RoI pooling against the naive form and torchvision')
     pool.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
     pool.set_defaults(run=run_pool)
+    stage = commands.add_parser('stage', help="logits to detections, against mmdet's own stage with hard NMS")
+    stage.add_argument('--score-thr', type=float, nargs='+', default=[0.05, 0.01, 1e-3, 1e-4], help='thresholds')
+    stage.set_defaults(run=run_stage)
+    growth = commands.add_parser('growth', help='time and memory against sizes, with fitted exponents')
+    growth.add_argument('--largest', type=positive, default=102_400, help='candidates (default: 102,400)')
+    growth.set_defaults(run=run_growth)
+    for command in (stage, growth):
+        command.add_argument('--seconds', type=float, default=1.0, help='time to spend on a point (default: 1)')
+        command.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_stage.json (..._growth) there')
     sweep = commands.add_parser('sweep', help='many settings over the stored candidates of a test set')
     sweep.add_argument('--images', type=positive, default=5000, help='of the drawn test set (default: 5000)')
     sweep.add_argument('--candidates', type=positive, default=1500, help='of each image (default: 1500)')

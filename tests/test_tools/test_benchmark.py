@@ -133,3 +133,45 @@ def test_pooling_equals_its_naive_form_and_is_shown(
     monkeypatch.setattr(benchmark, 'naive_pool', lambda maps, rois, kind: maps.new_zeros(300, 21, 7, 7) + maps.mean())
     with pytest.raises(AssertionError):  # it compares before it reports
         benchmark.main(['pool', '--seconds', '0'])
+
+
+def test_the_stage_gives_mmdets_detections_and_is_shown(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    timed = benchmark.stages(0.01)
+    stock, hard = timed[benchmark.STOCK](), timed['ours, hard']()
+    assert len(stock) == 100
+    for key in ('bboxes', 'scores', 'labels'):
+        torch.testing.assert_close(stock[key], hard[key])
+    monkeypatch.setattr(benchmark, 'FEWEST_ROUNDS', 1)
+    benchmark.main(['stage', '--score-thr', '0.05', '--seconds', '0', '--out', str(tmp_path)])
+    assert 'ours, gaussian' in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / 'benchmark_stage.json').read_text())['rows']
+    assert row['candidates'] > 500 and set(row['milliseconds']) == set(timed)
+
+
+def test_growth_is_fitted(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert benchmark.exponent([10, 100, 1000], [3, 300, 30000]) == pytest.approx(2)
+    monkeypatch.setattr(benchmark, 'FEWEST_ROUNDS', 1)
+    benchmark.main(['growth', '--largest', '8192', '--seconds', '0', '--out', str(tmp_path)])
+    rows = json.loads((tmp_path / 'benchmark_growth.json').read_text())['rows']
+    assert len(rows) == 6 and all(len(row['sizes']) == len(row['bytes']) for row in rows)
+    assert '<svg' in (tmp_path / 'benchmark_growth.svg').read_text()
+    assert 'exponent' in capsys.readouterr().out
+
+
+def test_the_sweep_is_timed_part_by_part(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    benchmark.main(['sweep', '--images', '4', '--candidates', '200', '--settings', '3', '--out', str(tmp_path)])
+    sweep = json.loads((tmp_path / 'benchmark_sweep.json').read_text())['sweep']
+    assert sweep['candidates'] == 800 and sweep['objects'] == 28 and sweep['bytes_per_candidate'] < 60
+    assert '3 settings over 4 images' in capsys.readouterr().out
+
+
+def test_tensorflow_that_is_not_there_is_one_clear_line(benchmark: ModuleType) -> None:
+    for python in ('no-such-python', sys.executable):
+        with pytest.raises(SystemExit, match='has no TensorFlow'):
+            benchmark.TensorFlow(python)
