@@ -102,7 +102,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def peak_bytes(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, max_num: int) -> int | None:
-    """What one gaussian call adds to the resident memory of a process at its peak, without its input; None: not Linux."""
+    """What one gaussian call adds to a process's resident memory at its peak, without its input; None: not Linux."""
     queue = get_context('fork').SimpleQueue()
 
     def call() -> None:
