@@ -1,12 +1,12 @@
 """Exact Soft-NMS on NVIDIA GPUs by Triton: the host's side. Importing this module does not need triton.
 
-On the device, in one stream and without waiting for it anywhere: check the values and set up scores (one kernel), sort the
-candidates into segments, one for each class of each image (stable sorts of torch), select in all segments in one launch
-(``_triton_kernels.select``, which explains the algorithm), and merge.
+On the device, in one stream and without waiting for it anywhere: check the values and set up scores (one kernel), sort
+the candidates into segments, one for each class of each image (stable sorts of torch), select in all segments in one
+launch (``_triton_kernels.select``, which explains the algorithm), and merge.
 
 Why merging is a sort: within a class, a later selection has a lower score, or an equal one and a higher index (had its
-index been lower, it would have come first: scores never rise). The merged sequence over classes takes the highest score,
-then the lowest index, at every step. So it is the order by (score falling, index rising) of all that was selected.
+index been lower, it would have come first: scores never rise). The merged sequence over classes takes the highest
+score, then the lowest index, at every step. So it is the order by (score falling, index rising) of all selections.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch import Tensor
 from mmdet_softnms.ops._soft_nms import Parameters, raise_bad_values
 
 CHUNK = 512
-"""Candidates a program holds in registers: 4 warps of 32 threads, 4 candidates each. Chosen by reasoning, not measured."""
+"""Candidates a program holds in registers: 4 warps of 32 threads, 4 candidates each. Reasoned, not measured."""
 _WARPS = 4
 _PREPARE_BLOCK = 1024
 _MOST_PROGRAMS = 4096  # further segments are taken by the same programs, one after the other
@@ -37,7 +37,7 @@ def available(device: torch.device) -> bool:
     return device.type == 'cuda' and torch.version.hip is None and _works(device.index)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _works(index: int | None) -> bool:
     if importlib.util.find_spec('triton') is None or not torch.cuda.is_available():
         return False
@@ -64,7 +64,7 @@ def _probe(device: torch.device) -> None:
 
 
 def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters) -> tuple[Tensor, Tensor]:
-    """Select by the definition in :func:`mmdet_softnms.soft_nms`. Waits for the device once, to know how many there are.
+    """Select by the definition in :func:`mmdet_softnms.soft_nms`; waits for the device once, for the count.
 
     Args, Returns, Raises: as :func:`mmdet_softnms.ops._reference.select`.
     """
@@ -162,8 +162,10 @@ def run(
         raise ValueError(f'boxes has {num_boxes} rows; this path numbers them in 31 bits')
     if num_boxes == 0 or (images is not None and num_images == 0):
         rows = () if images is None else (num_images,)
+        keep = torch.full((*rows, size), -1, dtype=torch.int64, device=scores.device)
+        # Candidates of no image are out of range.
         count = torch.full(rows, 0 if num_boxes == 0 else -1, dtype=torch.int64, device=scores.device)
-        return torch.full((*rows, size), -1, dtype=torch.int64, device=scores.device), scores.new_zeros(*rows, size), count
+        return keep, scores.new_zeros(*rows, size), count
 
     boxes = boxes.contiguous()
     live, group, bad = _prepare(boxes, scores, labels, images, num_images, params)
@@ -238,7 +240,7 @@ def _segments(
     starts = torch.full((num_boxes + 2,), num_boxes, device=device)
     target = torch.where(begins, number - 1, num_boxes + 1)
     starts.scatter_(0, target, torch.arange(num_boxes, device=device))
-    return order, starts[:-1], number[-1:]
+    return order, starts[:-1], number[-1:].clone()  # aligned as every tensor of its own: no variant of the kernel
 
 
 def _select(
@@ -270,7 +272,6 @@ def _select(
             bad,
             torch.empty(num_boxes, dtype=torch.int32, device=boxes.device),
             final,
-            num_boxes,
             size,
             params.iou_threshold,
             params.sigma,

@@ -3,20 +3,20 @@
 A *segment* is one class of one image: a run of candidates in ``order``, best score first. One program takes one segment
 (and the next, where there are more segments than programs) and selects inside it; nothing crosses segments.
 
-Within a segment the selection is lazy by *chunks* of ``CHUNK`` candidates. One chunk is loaded: its boxes and scores are
-in registers, and each selection decays all of it. The others wait in memory with the scores they had when they were last
-loaded. Weights lie in [0, 1], so the best (score, lowest index) of a waiting chunk, as stale as it is, bounds what the
-chunk can offer now; only when that bound beats the best of the loaded chunk do the two change places, and the decays
-the newcomer missed are applied then, in selection order, with the same roundings as if they had been applied at once.
-So a segment of any length is handled, and of a long one only those chunks are ever read that could matter.
+Within a segment the selection is lazy by *chunks* of ``CHUNK`` candidates. One chunk is loaded: its boxes and scores
+are in registers, and each selection decays all of it. The others wait in memory with the scores they had when they were
+last loaded. Weights lie in [0, 1], so the best (score, lowest index) of a waiting chunk, as stale as it is, bounds what
+the chunk can offer now; only when that bound beats the best of the loaded chunk do the two change places, and the
+decays the newcomer missed are applied then, in selection order, with the same roundings as if they had been applied at
+once. So a segment of any length is handled, and of a long one only those chunks are ever read that could matter.
 
 Arithmetic is the reference's, operation by operation. The launches turn multiply-add fusion off, ``_divide`` is the
 correctly rounded division (plain ``/`` on float32 is not, in Triton), and the gaussian weight is taken in float64.
 
 Names: ``live`` (N,): current scores, >= 0; -1 where the candidate is out (below ``min_score``, removed, selected, or
-past the segment's end). ``index``: input index. ``head``, ``winner``: best live score of the loaded chunk and its lowest
-input index. ``rival``, ``rival_index``, ``rival_chunk``: the best bound among the waiting chunks. ``k``: selections so
-far in the segment. ``seen``: how many of them a waiting chunk's scores reflect.
+past the segment's end). ``index``: input index. ``head``, ``winner``: best live score of the loaded chunk and its
+lowest input index. ``rival``, ``rival_index``, ``rival_chunk``: the best bound among the waiting chunks. ``k``:
+selections so far in the segment. ``seen``: how many of them a waiting chunk's scores reflect.
 """
 
 # mypy: disable-error-code="no-untyped-def, misc"
@@ -27,7 +27,7 @@ import triton.language as tl
 _LAST = tl.constexpr(0x7FFFFFFF)  # no input index: behind all others in a tie
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num_boxes', 'num_images'])  # no variants for 1 and multiples of 16
 def prepare(
     boxes,
     scores,
@@ -47,9 +47,9 @@ def prepare(
 ):
     """Check the values and write the scores to start from.
 
-    ``bad`` (1,) int32 becomes 1 where a value is not finite, an area overflows, a label is negative or an image index is
-    out of range. ``group`` (N,) int64, only with labels: the label, or the largest int64 for candidates that are out from
-    the start, so that they do not burden the segment of their class.
+    ``bad`` (1,) int32 becomes 1 where a value is not finite, an area overflows, a label is negative or an image index
+    is out of range. ``group`` (N,) int64, only with labels: the label, or the largest int64 for candidates that are out
+    from the start, so that they do not burden the segment of their class.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_boxes
@@ -75,7 +75,7 @@ def prepare(
         tl.store(bad, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['max_num'])
 def select(
     boxes,
     live,
@@ -85,7 +85,6 @@ def select(
     bad,
     picked,
     final,
-    num_boxes,
     max_num,
     iou_threshold: tl.float64,
     sigma: tl.float64,
@@ -100,8 +99,8 @@ def select(
     Args:
         boxes: (N, 4), by input index.
         live: (N,), in ``order``; changed.
-        order: (N,) int64 input indices, segment by segment, each by falling score and rising index. Where a segment fits
-            into one chunk (TABLE = 1) any order will do.
+        order: (N,) int64 input indices, segment by segment, each by falling score and rising index. Where every
+            segment fits into one chunk (TABLE = 1) any order within them will do.
         starts: (N + 1,) int64: where each segment begins; N behind the last.
         segments: (1,) int64: how many there are.
         bad: (1,) int32: nothing is done where it is not 0.
@@ -149,9 +148,7 @@ def select(
                 chunk = rival_chunk
                 # All of the block's stores to live and picked come before the loads below, whoever made them.
                 tl.debug_barrier()
-                index, x1, y1, x2, y2, area, s = _load(
-                    boxes, live, order, start, length, chunk * CHUNK + lane, extra
-                )
+                index, x1, y1, x2, y2, area, s = _load(boxes, live, order, start, length, chunk * CHUNK + lane, extra)
                 here = slot == chunk
                 missed = tl.max(tl.where(here, seen, 0), axis=0)
                 while missed < k:
@@ -194,7 +191,7 @@ def _front(s, index):
         best = tl.max(s, axis=0)
         lowest_index = tl.min(tl.where(s == best, index, _LAST), axis=0)
     else:
-        # One reduction instead of two: the bits of a float32 >= 0 order as the number does, and -1 has its sign bit set.
+        # One reduction instead of two: the bits of a float32 >= 0 order as the number does, and -1 has the sign bit.
         bits = s.to(tl.int32, bitcast=True).to(tl.int64)
         packed = tl.max((bits << 32) | (index ^ _LAST).to(tl.int64), axis=0)
         best = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -213,11 +210,7 @@ def _top(bound, bound_index, slot):
 @triton.jit
 def _divide(a, b):
     """Correctly rounded, as IEEE 754 asks."""
-    if a.dtype == tl.float64:
-        quotient = a / b
-    else:
-        quotient = tl.div_rn(a, b)
-    return quotient
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
