@@ -166,6 +166,20 @@ def test_public_function_takes_every_type(runner: Runner, method: str, dtype: to
         assert_same(trim(padded), reference(boxes, scores, labels, method=method, max_num=12), ulps=ulps)
 
 
+def test_ties_between_chunks_go_to_the_lowest_index(runner: Runner) -> None:
+    """Chunks of two: ``first`` halves ``upper``, which ties with ``rest`` of the other chunk; those two overlap, so
+    whichever comes first halves the other."""
+    first, upper, rest = [0.0, 0, 2, 1], [0.0, 0, 2, 2], [0.0, 1, 2, 2]
+    # The other chunk waits, never loaded so far, and its 0.4 has the lower index.
+    boxes, scores = torch.tensor([rest, first, upper]), torch.tensor([0.4, 1.0, 0.8])
+    keep, kept_scores = trim(run(runner, boxes, scores, method='linear', chunk=2))
+    assert keep.tolist() == [1, 0, 2] and kept_scores.tolist() == torch.tensor([1.0, 0.4, 0.2]).tolist()
+    # The chunk of ``upper`` went back to wait, when a far box of 0.5 came; its bound must carry the lower index.
+    boxes = torch.tensor([upper, first, rest, [50, 50, 51, 51]])
+    keep, kept_scores = trim(run(runner, boxes, torch.tensor([0.8, 1.0, 0.4, 0.5]), method='linear', chunk=2))
+    assert keep.tolist() == [1, 3, 0, 2] and kept_scores.tolist() == torch.tensor([1.0, 0.5, 0.4, 0.2]).tolist()
+
+
 def test_negative_zero_scores_tie_with_zero(runner: Runner) -> None:
     boxes = torch.tensor([[float(9 * i), 0, 9 * i + 5, 5] for i in range(12)])
     scores = torch.tensor([-0.0, 0.0, 0.5] * 4)
