@@ -4,7 +4,7 @@
 :mod:`mmdet_softnms.registry`, which mmengine imports by itself for any ``type='mmdet_softnms.X'``.
 """
 
-from mmdet_softnms.ops import soft_nms
+from mmdet_softnms.ops import batched_soft_nms, soft_nms, warmup
 
 __version__ = '0.1.0'
-__all__ = ['__version__', 'soft_nms']
+__all__ = ['__version__', 'batched_soft_nms', 'soft_nms', 'warmup']

@@ -1,10 +1,12 @@
 """Measure mmdet_softnms against its alternatives. ``python tools/benchmark.py op --help`` lists the options.
 
-``op``: the operator on the CPU against ``mmcv.ops.batched_nms`` (soft and hard) and the soft NMS of ensemble-boxes, all
-on the same candidates, in one run, in turns. The candidates are drawn, but shaped like a detector's:
+``op``: the operator on the CPU against ``mmcv.ops.batched_nms`` (soft and hard), the soft NMS of ensemble-boxes, of
+birder and of TensorFlow, torchvision's hard NMS and the definition in plain PyTorch, as far as they are installed
+(``--tensorflow`` takes the Python of an environment of its own), all on the same candidates, in one run, in turns.
+The candidates are drawn, but shaped like a detector's:
 
-* A scene of 1333 x 800 px holds 20 objects. 1,000 proposals: four in five lie round an object, with normal errors of a
-  tenth of its size, the others anywhere.
+* A scene of 1333 x 800 px holds 20 objects. 1,000 proposals (more where so many candidates need them): four in five lie
+  round an object, with normal errors of a tenth of its size, the others anywhere.
 * Every class has its own box for each proposal (class-aware regression, 3 % apart) and a softmax score: random logits,
   with a margin for the background and a larger one for the object's class where there is an object.
 * The score threshold is set so that the wanted number of candidates remains. ``min_score`` is 1e-3, or that threshold
@@ -14,6 +16,10 @@ on the same candidates, in one run, in turns. The candidates are drawn, but shap
 
 ``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against its definition in plain PyTorch and,
 where torchvision is installed, against its operator.
+
+``stage``: logits and deltas in, detections out, against mmdet's own stage with hard NMS, at several ``score_thr``.
+
+``growth``: time and memory against candidates, classes and ``max_num``, with fitted exponents and a plot.
 
 ``sweep``: many suppression settings over the stored candidates of a drawn test set the size of COCO val2017: 5,000 of
 the scenes above with 7 objects each, 80 classes. Tells the size of the store and how the time divides into reading
@@ -39,7 +45,11 @@ from rich.progress import Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
+
+from _benchmark_peers import MMCV_HARD, MMCV_SOFT, PEERS, REMARKS, TensorFlow, peers
+from _benchmark_stage import PARTS, STOCK, exponent, median, peak_bytes, stages
 
 from mmdet_softnms import soft_nms
 from mmdet_softnms.layers import KINDS, ps_roi_pool
@@ -52,9 +62,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     'linear': {'method': 'linear', 'iou_threshold': 0.3},
     'hard': {'method': 'hard', 'iou_threshold': 0.5},
 }
-OURS, MMCV_SOFT, MMCV_HARD, ENSEMBLE = 'ours', 'mmcv soft', 'mmcv hard', 'ensemble-boxes'
-PEERS = (MMCV_SOFT, MMCV_HARD, ENSEMBLE)
+OURS = 'ours'
 SLOW = 2.0  # seconds; a peer whose first call takes longer is not called again
+TOO_SLOW = 1.0  # seconds; a peer that took longer on fewer candidates of the same kind is not called at all
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 CHECKED = 2000  # selections compared with the reference, which needs a pass over all boxes for each
 
@@ -129,40 +139,15 @@ def _candidates(centres: Tensor, half: Tensor, scores: Tensor, labels: Tensor, k
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def calls(candidates: Candidates, rule: str, max_num: int) -> dict[str, Callable[[], Any]]:
-    """What is timed. The peers have no way to stop early: mmcv returns all, and is cut as mmdet's heads do it."""
-    import ensemble_boxes
-    from mmcv.ops import batched_nms
-
+def calls(
+    candidates: Candidates, rule: str, max_num: int, tensorflow: TensorFlow | None = None
+) -> dict[str, Callable[[], Any]]:
+    """What is timed: ours, and every peer there is."""
     boxes, scores, labels, _, min_score = candidates
-
-    def mmcv_with(config: dict[str, Any]) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            keep: Tensor = batched_nms(boxes, scores, labels, config)[1]
-            return keep if max_num < 0 else keep[:max_num]
-
-        return call
-
-    timed: dict[str, Callable[[], Any]] = {
-        OURS: lambda: soft_nms(boxes, scores, labels, min_score=min_score, max_num=max_num, **PARAMETERS[rule]),
-        MMCV_HARD: mmcv_with({'type': 'nms', 'iou_threshold': 0.5}),
-    }
-    if rule != 'hard':
-        timed[MMCV_SOFT] = mmcv_with({'type': 'soft_nms', 'min_score': min_score, **PARAMETERS[rule]})
-        # Lists of one model's arrays, coordinates in [0, 1]; the conversion is not timed.
-        lists = (
-            [(boxes.double() / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])).numpy()],
-            [scores.double().numpy()],
-            [labels.numpy()],
-        )
-        options = {
-            'method': {'linear': 1, 'gaussian': 2}[rule],
-            'iou_thr': PARAMETERS[rule].get('iou_threshold', 0.5),
-            'sigma': PARAMETERS[rule].get('sigma', 0.5),
-            'thresh': min_score,
-        }
-        timed[ENSEMBLE] = lambda: ensemble_boxes.soft_nms(*lists, **options)
-    return timed
+    parameters = PARAMETERS[rule]
+    ours = {OURS: lambda: soft_nms(boxes, scores, labels, min_score=min_score, max_num=max_num, **parameters)}
+    size = (WIDTH, HEIGHT)
+    return ours | peers(boxes, scores, labels, rule, parameters, min_score, max_num, size, tensorflow)
 
 
 def check(candidates: Candidates, rule: str, max_num: int, keep: Tensor, scores: Tensor) -> None:
@@ -188,7 +173,8 @@ def in_turns(timed: dict[str, Callable[[], Any]], seconds: float) -> tuple[dict[
     for name, call in timed.items():
         start = time.perf_counter()
         results[name] = call()
-        if (elapsed := time.perf_counter() - start) > SLOW:
+        # A peer in another process tells what it took there.
+        if (elapsed := getattr(call, 'seconds', time.perf_counter() - start)) > SLOW:
             once.add(name)
             times[name].append(elapsed)
     begin, rounds = time.perf_counter(), 0
@@ -197,17 +183,25 @@ def in_turns(timed: dict[str, Callable[[], Any]], seconds: float) -> tuple[dict[
             if name not in once:
                 start = time.perf_counter()
                 call()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(getattr(call, 'seconds', time.perf_counter() - start))
         rounds += 1
     return times, results
 
 
-def measure(candidates: Candidates, rule: str, max_num: int, seconds: float) -> dict[str, Any]:
+def measure(
+    candidates: Candidates,
+    rule: str,
+    max_num: int,
+    seconds: float,
+    tensorflow: TensorFlow | None = None,
+    left_out: Iterable[str] = (),
+) -> dict[str, Any]:
     """One row: median milliseconds of each peer, called in turns, so that a busy moment hits all of them alike."""
-    times, results = in_turns(calls(candidates, rule, max_num), seconds)
+    timed = calls(candidates, rule, max_num, tensorflow)
+    times, results = in_turns({name: call for name, call in timed.items() if name not in left_out}, seconds)
     keep, scores = results[OURS]
     check(candidates, rule, max_num, keep, scores)
-    kept = {name: len(result[0] if name in (OURS, ENSEMBLE) else result) for name, result in results.items()}
+    kept = {name: len(result[0] if name == OURS else result) for name, result in results.items()}
     return {
         'candidates': len(candidates.scores),
         'classes': candidates.kind,
@@ -218,7 +212,10 @@ def measure(candidates: Candidates, rule: str, max_num: int, seconds: float) -> 
         'milliseconds': {name: 1e3 * statistics.median(values) for name, values in times.items()},
         'calls': {name: len(values) for name, values in times.items()},
         'kept': kept,
-        'in_common_with_mmcv': in_common(keep, results[MMCV_HARD if rule == 'hard' else MMCV_SOFT]),
+        'too_slow': sorted(set(timed) & set(left_out)),
+        'in_common_with_mmcv': (
+            in_common(keep, results[mmcv]) if (mmcv := MMCV_HARD if rule == 'hard' else MMCV_SOFT) in results else None
+        ),
     }
 
 
@@ -230,18 +227,15 @@ def ratio(row: dict[str, Any], peer: str) -> float | None:
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
-HEADER = (
-    'candidates',
-    'classes',
-    'rule',
-    'wanted',
-    'ours, ms',
-    *(title for peer in PEERS for title in (f'{peer}, ms', 'ratio')),
-    'same as mmcv',
-)
+
+def header(rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Titles of the columns, and the peers that have one."""
+    present = [peer for peer in PEERS if any(peer in row['milliseconds'] for row in rows)]
+    return ['candidates', 'classes', 'rule', 'wanted', 'ours', *present, 'same as mmcv'], present
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: dict[str, Any], present: Iterable[str]) -> list[str]:
+    """A row as texts: milliseconds, and for a peer how many times ours that is."""
     times, number = row['milliseconds'], row['calls']
     texts = [
         f'{row["candidates"]:,}',
@@ -250,15 +244,16 @@ def cells(row: dict[str, Any]) -> list[str]:
         'all' if row['max_num'] < 0 else f'top {row["max_num"]}',
         f'{times[OURS]:.3g}',
     ]
-    for peer in PEERS:
+    for peer in present:
         value = ratio(row, peer)
         if value is None:
-            texts += ['', '']
+            texts.append('too slow' if peer in row['too_slow'] else '')
         else:
             time_text = f'{times[peer]:.3g}' if times[peer] < 1000 else f'{times[peer]:,.0f}'
             ratio_text = f'{value:,.0f}x' if value >= 10 else f'{value:.2g}x'
-            texts += [time_text + (' (once)' if number[peer] == 1 else ''), ratio_text]
-    return [*texts, f'{100 * row["in_common_with_mmcv"]:.2f} %']
+            texts.append(f'{time_text} ({ratio_text}{", once" if number[peer] == 1 else ""})')
+    common = row['in_common_with_mmcv']
+    return [*texts, '' if common is None else f'{100 * common:.2f} %']
 
 
 def extremes(rows: list[dict[str, Any]]) -> list[str]:
@@ -271,7 +266,7 @@ def extremes(rows: list[dict[str, Any]]) -> list[str]:
             ('best', max(measured, key=lambda pair: pair[0], default=(None, None))),
         ):
             if value is not None and row is not None:
-                what = ', '.join(cells(row)[2:4])
+                what = ', '.join(cells(row, [])[2:4])
                 lines.append(
                     f'{word} against {peer}: {value:.3g}x ({row["candidates"]:,} candidates, {row["classes"]} classes, '
                     f'{what}: {row["milliseconds"][OURS]:.3g} ms against {row["milliseconds"][peer]:.3g} ms)'
@@ -313,35 +308,34 @@ def _mmcv_version() -> str:
 
 
 DIFFERENCES = (
-    'Milliseconds are medians of calls made in turns; "(once)": a single call, because it took more than '
-    f"{SLOW:.0f} s. A ratio is the peer's time over ours: above 1, ours is faster.",
-    'mmcv hard is `nms` at IoU 0.5, whatever the rule of the row. mmcv and ensemble-boxes cannot stop early: they work '
-    "on all candidates also where the top 100 are wanted (mmcv's result is then cut, as in mmdet).",
-    'ensemble-boxes: coordinates in [0, 1] and float64, boxes of no area removed, `thresh` (our min_score) applied '
-    'once at the end with > instead of >=, result grouped by class and not sorted; conversion to its input not timed.',
-    '"same as mmcv": share of the selections that mmcv\'s op of the same rule also makes. It moves classes apart by '
-    'adding label x (largest coordinate + 1) to float32 boxes, which shifts IoUs; soft_nms decays at IoU >= threshold; '
-    'below 10,000 candidates all classes are one O(N^2) pass.',
+    'Milliseconds are medians of calls made in turns, behind them the ratio to ours: above 1, ours is faster. "once": '
+    f'a single call, because it took more than {SLOW:.0f} s; "too slow": not called, because it took more than '
+    f'{TOO_SLOW:.0f} s on fewer candidates.',
+    '"same as mmcv": share of the selections that mmcv\'s op of the same rule also makes. Its class offset shifts '
+    'IoUs; its soft_nms decays at IoU >= threshold; below 10,000 candidates all classes are one O(N^2) pass.',
     'Checked in every row: our selection and scores equal the plain PyTorch reference bit for bit '
     f'(the first {CHECKED:,} of them).',
+    *(f'{peer}: {remark}' for peer, remark in REMARKS.items()),
 )
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = ['# soft_nms on the CPU', '', ', '.join(f'{key} {value}' for key, value in about.items()), '']
-    lines += ['| ' + ' | '.join(HEADER) + ' |', '|' + '---|' * len(HEADER)]
-    lines += ['| ' + ' | '.join(cells(row)) + ' |' for row in rows]
+    titles, present = header(rows)
+    lines += ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    lines += ['| ' + ' | '.join(cells(row, present)) + ' |' for row in rows]
     lines += ['', *(f'- {line}' for line in extremes(rows)), '', *(f'- {line}' for line in DIFFERENCES), '']
     lines += ['Candidates, from `tools/benchmark.py`:', '', (__doc__ or '').split('\n\n', 1)[1]]
     return '\n'.join(lines)
 
 
 def show(rows: list[dict[str, Any]], about: dict[str, Any], console: Console) -> None:
-    table = Table(*HEADER, title='soft_nms on the CPU', caption=', '.join(f'{k} {v}' for k, v in about.items()))
+    titles, present = header(rows)
+    table = Table(*titles, title='soft_nms on the CPU', caption=', '.join(f'{k} {v}' for k, v in about.items()))
     for column in table.columns[4:]:
         column.justify = 'right'
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row, present))
     console.print(table)
     for line in (*extremes(rows), '', *DIFFERENCES):
         console.print(line, highlight=False, markup=False)
@@ -446,6 +440,112 @@ def run_pool(arguments: argparse.Namespace) -> None:
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
+
+
+# --- stage and growth -------------------------------------------------------------------------------------------------
+
+
+def run_stage(arguments: argparse.Namespace) -> None:
+    """mmdet's post-processing stage with hard NMS, and ours."""
+    rows = []
+    for score_thr in arguments.score_thr:
+        timed = stages(score_thr)
+        times, results = in_turns(timed, arguments.seconds)
+        candidates = len(results[PARTS[1]])
+        medians = {name: median(values) for name, values in times.items()}
+        rows.append(dict(score_thr=score_thr, candidates=candidates, milliseconds=medians))
+    names = list(rows[0]['milliseconds'])
+    table = Table(
+        'score_thr', 'candidates', *names, title='one image, 1,000 proposals, 80 classes, ms (ratio to mmdet)'
+    )
+    for row in rows:
+        stock = row['milliseconds'][STOCK]
+        cells_of = [
+            f'{value:.2f}' + (f' ({stock / value:.2f}x)' if name.startswith('ours') else '')
+            for name, value in row['milliseconds'].items()
+        ]
+        table.add_row(f'{row["score_thr"]:g}', f'{row["candidates"]:,}', *cells_of)
+    Console(width=180).print(table)
+    _finish(arguments, 'stage', rows)
+
+
+def run_growth(arguments: argparse.Namespace) -> None:
+    """Time and memory against one size at a time, and the exponents."""
+    num = arguments.largest
+    sizes = [num // 4**step for step in range(6, -1, -1)]
+    scenes_of: dict[str, list[tuple[int, Candidates, int]]] = {
+        'candidates, 80 classes, top 100': [
+            (size, detector_candidates(size, 80, num_proposals=max(1000, 5 * size // 320)), 100) for size in sizes
+        ],
+        'candidates, 80 classes, all': [
+            (size, detector_candidates(size, 80, num_proposals=max(1000, 5 * size // 320)), -1) for size in sizes
+        ],
+        'candidates, 1 crowded class, top 100': [
+            (size, detector_candidates(size, 1, num_proposals=size), 100) for size in sizes
+        ],
+        'candidates, 1 crowded class, all': [
+            (size, detector_candidates(size, 1, num_proposals=size), -1) for size in sizes[:-1]
+        ],
+        'classes, 20,000 candidates, top 100': [
+            (size, detector_candidates(20_000, size, num_proposals=max(1000, 25_000 // size)), 100)
+            for size in (1, 4, 20, 80, 320, 1203)
+        ],
+        'max_num, 20,000 candidates, 80 classes': [
+            (size, detector_candidates(20_000, 80), size) for size in (10, 40, 160, 640, 2560, 10240)
+        ],
+    }
+    rows: list[dict[str, Any]] = []
+    for name, scenes_here in scenes_of.items():
+        milliseconds, memory = [], []
+        for _, one, max_num in scenes_here:
+            timed = calls(one, 'gaussian', max_num)
+            milliseconds.append(median(in_turns({OURS: timed[OURS]}, arguments.seconds)[0][OURS]))
+            memory.append(peak_bytes(one.boxes, one.scores, one.labels, max_num))
+        measured = [size for size, _, _ in scenes_here]
+        rows.append(
+            dict(
+                name=name,
+                sizes=measured,
+                milliseconds=milliseconds,
+                bytes=memory,
+                exponent=exponent(measured, milliseconds),
+                exponent_of_the_last=exponent(measured[-3:], milliseconds[-3:]),
+            )
+        )
+    table = Table('grows', 'sizes', 'ms', 'peak MB', 'exponent', 'of the last three', title='gaussian, one image')
+    for row in rows:
+        table.add_row(
+            row['name'],
+            *(' '.join(texts) for texts in (
+                [f'{size:,}' for size in row['sizes']],
+                [f'{value:.3g}' for value in row['milliseconds']],
+                ['?' if value is None else f'{value / 2**20:.1f}' for value in row['bytes']],
+            )),
+            f'{row["exponent"]:.2f}',
+            f'{row["exponent_of_the_last"]:.2f}',
+        )  # fmt: skip
+    Console(width=230).print(table)
+    if arguments.out:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout='constrained')
+        axes = figure.subplots()
+        for row in rows:
+            axes.loglog(row['sizes'], row['milliseconds'], 'o-', label=f'{row["name"]}: exponent {row["exponent"]:.2f}')
+        axes.set(xlabel='size', ylabel='ms', title='soft_nms, gaussian, one image')
+        axes.grid(alpha=0.3, which='both')
+        axes.legend(fontsize=7)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(arguments.out / 'benchmark_growth.svg', metadata={'Date': None})
+    _finish(arguments, 'growth', rows)
+
+
+def _finish(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> None:
+    about = machine()
+    print(', '.join(f'{key} {value}' for key, value in about.items()))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write(arguments.out / f'benchmark_{name}.json', json.dumps({'machine': about, 'rows': rows}, indent=1))
 
 
 # --- sweep ------------------------------------------------------------------------------------------------------------
@@ -562,12 +662,15 @@ def require_peers() -> None:
 
 
 def scenes(arguments: argparse.Namespace) -> Iterable[Candidates]:
+    """From few candidates to many, so that who is too slow is known before it hurts."""
     for num_classes in arguments.classes:
-        for num in arguments.sizes:
-            yield detector_candidates(num, num_classes)
-    if arguments.dense:
-        yield detector_candidates(arguments.dense, 1, num_proposals=arguments.dense, kind='1 dense')
-        yield spread_candidates(arguments.dense)
+        for num in sorted(arguments.sizes):
+            # A proposal has one candidate for each class; a quarter more than needed, so that a threshold does the cut.
+            yield detector_candidates(num, num_classes, num_proposals=max(1000, 5 * num // (4 * num_classes)))
+    for num in sorted(arguments.dense):
+        yield detector_candidates(num, 1, num_proposals=num, kind='1 dense')
+    for num in sorted(arguments.dense):
+        yield spread_candidates(num)
 
 
 def run_op(arguments: argparse.Namespace) -> None:
@@ -579,23 +682,39 @@ def run_op(arguments: argparse.Namespace) -> None:
             raise SystemExit(f'--out {arguments.out}: {error.strerror}') from None
     about = machine()
     everything = list(scenes(arguments))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    tensorflow = TensorFlow(arguments.tensorflow) if arguments.tensorflow else None
+    if tensorflow is not None:
+        about['tensorflow'] = tensorflow.version
     console = Console()
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task('', total=len(everything) * len(PARAMETERS) * 2)
+        task = progress.add_task('', total=len(everything) * len(PARAMETERS) * len(arguments.wanted))
         for candidates in everything:
             for rule in PARAMETERS:
-                for max_num in (100, -1):
+                for max_num in arguments.wanted:
                     progress.update(task, description=f'{len(candidates.scores):,} x {candidates.kind}, {rule}')
-                    rows.append(measure(candidates, rule, max_num, arguments.seconds))
+                    alike = [row for row in rows if _kind(row) == (candidates.kind, rule, max_num)]
+                    slow = {
+                        peer
+                        for row in alike
+                        for peer in PEERS
+                        if peer in row['too_slow'] or row['milliseconds'].get(peer, 0) > 1e3 * TOO_SLOW
+                    }
+                    rows.append(measure(candidates, rule, max_num, arguments.seconds, tensorflow, slow))
                     progress.advance(task)
                     if not console.is_terminal:  # no bar to watch there
-                        print(' | '.join(cells(rows[-1])), flush=True)
+                        print(' | '.join(cells(rows[-1], PEERS)), flush=True)
+    if tensorflow is not None:
+        tensorflow.close()
     about['load_at_end'] = round(os.getloadavg()[0], 2)
     show(rows, about, console if console.is_terminal else Console(width=200))
     if arguments.out:
         write(arguments.out / 'benchmark_op.json', json.dumps({'machine': about, 'rows': rows}, indent=1))
         write(arguments.out / 'benchmark_op.md', markdown(rows, about))
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row['classes'], row['rule'], row['max_num']
 
 
 def positive(text: str) -> int:
@@ -608,16 +727,28 @@ def positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = result.add_subparsers(required=True, metavar='COMMAND')
-    op = commands.add_parser('op', help='the operator on the CPU against mmcv and ensemble-boxes')
-    op.add_argument('--sizes', type=positive, nargs='+', default=[1000, 5000, 13000, 27000], help='candidates')
-    op.add_argument('--classes', type=positive, nargs='+', default=[80, 1203], help='classes')
-    op.add_argument('--dense', type=int, default=27000, help='candidates of the two one-class scenes; 0: leave out')
+    op = commands.add_parser('op', help='the operator on the CPU against all others')
+    sizes = [100, 1000, 10000, 100000]
+    op.add_argument('--sizes', type=positive, nargs='+', default=sizes, help='candidates')
+    op.add_argument('--classes', type=positive, nargs='+', default=[20, 80, 1203], help='classes')
+    op.add_argument('--dense', type=positive, nargs='*', default=sizes, help='candidates of the two one-class scenes')
+    op.add_argument('--wanted', type=int, nargs='+', default=[100, 300, -1], help='max_num; -1: no limit')
+    op.add_argument('--tensorflow', metavar='PYTHON', help='interpreter of an environment that has TensorFlow')
     op.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
     op.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_op.md and benchmark_op.json there')
     op.set_defaults(run=run_op)
     pool = commands.add_parser('pool', help='position-sensitive RoI pooling against the naive form and torchvision')
     pool.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
     pool.set_defaults(run=run_pool)
+    stage = commands.add_parser('stage', help="logits to detections, against mmdet's own stage with hard NMS")
+    stage.add_argument('--score-thr', type=float, nargs='+', default=[0.05, 0.01, 1e-3, 1e-4], help='thresholds')
+    stage.set_defaults(run=run_stage)
+    growth = commands.add_parser('growth', help='time and memory against sizes, with fitted exponents')
+    growth.add_argument('--largest', type=positive, default=102_400, help='candidates (default: 102,400)')
+    growth.set_defaults(run=run_growth)
+    for command in (stage, growth):
+        command.add_argument('--seconds', type=float, default=1.0, help='time to spend on a point (default: 1)')
+        command.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_stage.json (..._growth) there')
     sweep = commands.add_parser('sweep', help='many settings over the stored candidates of a test set')
     sweep.add_argument('--images', type=positive, default=5000, help='of the drawn test set (default: 5000)')
     sweep.add_argument('--candidates', type=positive, default=1500, help='of each image (default: 1500)')

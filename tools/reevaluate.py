@@ -118,7 +118,7 @@ class Display:
         self._rows.append(row)
         if self._sweep and self._console.is_terminal:
             best = sorted(self._rows, key=lambda one: -one.metrics['AP'])[:8]
-            self.live.update(self._group(rows_table(best, f'best of {done} so far'), self._bars))
+            self.live.update(self._group(rows_table(best, f'best of {done} so far', among=self._rows), self._bars))
         self.progress('settings', done, total)
 
 

@@ -50,7 +50,9 @@ def soft_nms(
 
     CPU tensors go through a numba kernel that finds the selections lazily (``ops/_cpu.py``), NVIDIA GPUs through a
     Triton kernel where Triton works (``ops/_triton.py``), other devices through plain PyTorch (``ops/_reference.py``);
-    devices without float64 are computed on the CPU. Not differentiable: the result carries no gradient.
+    devices without float64 are computed on the CPU. Where an input requires a gradient, and under ``torch.compile``
+    and ``torch.export``, the registered operator is called, which says what the gradients are (``ops/_operator.py``,
+    torch 2.4 or newer).
 
     Args:
         boxes (Tensor[N, 4]): ``(x1, y1, x2, y2)`` in pixels, any floating type. Finite; normally ``x1 <= x2`` and
@@ -74,6 +76,21 @@ def soft_nms(
         ValueError: wrong shapes, lengths or devices; coordinates that are not finite or whose areas overflow; scores
             that are not finite; negative labels; a parameter out of range. The message names the argument.
     """
+    if _differentiable_or_compiled(boxes, scores):
+        from mmdet_softnms.ops._operator import padded_soft_nms
+
+        keep, kept_scores, count = padded_soft_nms(
+            boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, float(offset)
+        )
+        num = count.item()
+        if torch.compiler.is_compiling():
+            torch._check(num >= 0)
+            torch._check(num <= keep.shape[0])
+        elif num < 0:  # a GPU's operator cannot raise without waiting
+            dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+            wide = None if labels is None else labels.to(torch.int64)
+            raise_bad_values(boxes.detach().to(dtype), scores.detach().to(dtype), wide, float(offset))
+        return keep[:num], kept_scores[:num]
     _check_tensors(boxes, scores, labels)
     dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
     params = _check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
@@ -97,6 +114,20 @@ def _path(device: torch.device) -> Any:
     from mmdet_softnms.ops import _reference, _triton
 
     return _triton if _triton.available(device) else _reference
+
+
+def _differentiable_or_compiled(boxes: Tensor, scores: Tensor) -> bool:
+    """Whether the registered operator is needed, which costs some microseconds and torch 2.4."""
+    if not hasattr(torch.library, 'custom_op'):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        torch.is_grad_enabled()
+        and isinstance(boxes, Tensor)
+        and isinstance(scores, Tensor)
+        and (boxes.requires_grad or scores.requires_grad)
+    )
 
 
 def raise_bad_values(boxes: Tensor, scores: Tensor, labels: Tensor | None, offset: float) -> NoReturn:

@@ -12,12 +12,13 @@ score, then the lowest index, at every step. So it is the order by (score fallin
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import Parameters, raise_bad_values
+from mmdet_softnms.ops._soft_nms import Parameters, _check_parameters, _check_tensors, raise_bad_values
 
 CHUNK = 512
 """Candidates a program holds in registers: 4 warps of 32 threads, 4 candidates each. Reasoned, not measured."""
@@ -113,8 +114,6 @@ def soft_nms_triton(
     Raises:
         TypeError, ValueError: wrong types, shapes, devices or parameters, as in ``soft_nms``. Bad values do not raise.
     """
-    from mmdet_softnms.ops._soft_nms import _check_parameters, _check_tensors
-
     _check_tensors(boxes, scores, labels)
     if images is not None:
         if images.shape != scores.shape or images.device != scores.device:
@@ -139,6 +138,38 @@ def soft_nms_triton(
             params,
         )
         return keep, kept_scores.to(score_dtype), count
+
+
+def soft_nms_of_list(
+    boxes: Sequence[Tensor], scores: Sequence[Tensor], labels: Sequence[Tensor] | None, **parameters: Any
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The images of a batch in one launch; waits for the device once, for the counts.
+
+    Args:
+        boxes, scores, labels: for each image, as in ``soft_nms``; each of one type and all on one device, not empty
+            lists. parameters: as there.
+
+    Returns:
+        ``(keep, scores)`` of each image, or None where a value is bad.
+    """
+    sizes = [len(one) for one in scores]
+    device = scores[0].device
+    limit = parameters.get('max_num', -1)
+    if isinstance(limit, int) and not isinstance(limit, bool) and limit == -1:
+        parameters['max_num'] = max(sizes)  # no limit for any image, but one for the size of the output
+    keep, kept_scores, count = soft_nms_triton(
+        torch.cat(tuple(boxes)),
+        torch.cat(tuple(scores)),
+        None if labels is None else torch.cat([one.to(torch.int64) for one in labels]),
+        torch.cat([torch.full((size,), number, device=device) for number, size in enumerate(sizes)]),
+        num_images=len(sizes),
+        **parameters,
+    )
+    counts = count.tolist()
+    if -1 in counts:
+        return None
+    first = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [(keep[i, :n] - first[i], kept_scores[i, :n]) for i, n in enumerate(counts)]
 
 
 def run(

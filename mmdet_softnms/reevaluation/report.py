@@ -55,15 +55,15 @@ def notes(result: Reevaluation) -> list[str]:
     return lines
 
 
-def rows_table(rows: Sequence[Row], title: str, caption: str = '', columns: Sequence[str] = COLUMNS) -> Table:
-    """Rows as a table for a terminal."""
+def rows_table(rows: Sequence[Row], title: str, caption: str = '', among: Sequence[Row] | None = None) -> Table:
+    """Rows as a table for a terminal; baselines are looked for among all rows, where these are only some of them."""
     table = Table(title=title, caption=caption, caption_justify='left')
-    columns = [column for column in columns if column in rows[0].metrics]
+    columns = [column for column in COLUMNS if column in rows[0].metrics]
     table.add_column('rule', no_wrap=True)
     for column in ('score_thr', 'max_per_img', *columns, 'suppression s'):
         table.add_column(column, justify='right', no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        baseline = baseline_of(row, rows)
+        baseline = baseline_of(row, among or rows)
         table.add_row(
             row_label(row),
             f'{row.params["score_thr"]:g}',

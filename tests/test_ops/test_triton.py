@@ -19,9 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _cpu, _reference, _soft_nms, _triton
+from mmdet_softnms.ops import _cpu, _reference, _soft_nms, _triton, batched_soft_nms
 from tests.test_ops import triton_worker
 from tests.test_ops.test_soft_nms import (
     DEFAULTS,
@@ -78,8 +79,8 @@ def runner(request: pytest.FixtureRequest) -> Runner:
         )
 
     def on_gpu(name: str, *args: Any, **kwargs: Any) -> Any:
-        there = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
-        return tuple(result.cpu() for result in getattr(_triton, name)(*there, **kwargs))
+        there = tree_map_only(Tensor, Tensor.cuda, (args, kwargs))
+        return tree_map_only(Tensor, Tensor.cpu, getattr(_triton, name)(*there[0], **there[1]))
 
     return Runner(request.param, on_gpu)
 
@@ -240,6 +241,22 @@ def test_images_of_a_batch_are_as_if_alone(runner: Runner, chunk: int, max_num: 
             own = None if names is None else names[mine]
             alone, alone_scores = reference(boxes[mine], scores[mine], own, method='linear', max_num=max_num)
             assert_same(trim((keep[i], kept_scores[i], count[i])), (mine[alone], alone_scores))
+
+
+@pytest.mark.parametrize('max_num', [-1, 0, 4])
+def test_a_list_of_images(runner: Runner, max_num: int) -> None:
+    images = [
+        (b[:size], s[:size], c[:size]) for size, (b, s, c) in zip((9, 0, 14), examples(3, seed=29, num=20), strict=True)
+    ]
+    boxes, scores, labels = (list(tensors) for tensors in zip(*images, strict=True))
+    results = runner.call('soft_nms_of_list', boxes, scores, labels, method='linear', max_num=max_num)
+    for result, image in zip(results, images, strict=True):
+        assert_same(result, reference(*image, method='linear', max_num=max_num))
+    results = runner.call('soft_nms_of_list', boxes, scores, None, method='hard', max_num=max_num)
+    for result, image in zip(results, images, strict=True):
+        assert_same(result, reference(*image[:2], method='hard', max_num=max_num))
+    scores[2][3] = float('nan')
+    assert runner.call('soft_nms_of_list', boxes, scores, labels) is None
 
 
 # --- values that are errors -------------------------------------------------------------------------------------------
@@ -467,6 +484,61 @@ def test_every_device_gets_its_path(pretend_gpu: pytest.MonkeyPatch) -> None:
     pretend_gpu.setattr(importlib.util, 'find_spec', lambda name: None)
     _triton._works.cache_clear()
     assert _soft_nms._path(CUDA) is _reference
+
+
+def test_batches_and_the_operator_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the GPU's functions: which is called, and that a count of -1 is an error by name."""
+    boxes, scores, labels = examples(1, seed=30, num=6)[0]
+    bad = scores.clone()
+    bad[2] = float('nan')
+    calls = []
+    monkeypatch.setattr(_triton, 'available', lambda device: True)
+    monkeypatch.setattr(
+        _triton, 'soft_nms_of_list', lambda boxes, *rest, **parameters: calls.append(('list', len(boxes), parameters))
+    )
+    minus_one = torch.full((6,), -1), torch.zeros(6), torch.tensor(-1)
+    monkeypatch.setattr(_triton, 'soft_nms_triton', lambda *inputs, **parameters: calls.append('one') or minus_one)
+
+    expected = soft_nms(boxes, scores, labels)
+    for result in batched_soft_nms([boxes] * 3, [scores] * 3, [labels] * 3, min_score=0.01):  # None: one by one
+        assert_same(result, soft_nms(boxes, scores, labels, min_score=0.01))
+    assert calls == [('list', 3, {'min_score': 0.01})]
+    calls.clear()
+
+    # None of these is a batch for one launch.
+    assert_same(batched_soft_nms([boxes], [scores], [labels])[0], expected)
+    batched_soft_nms([boxes, boxes.double()], [scores, scores])
+    assert calls == []
+    with pytest.raises(ValueError, match='scores has 5 values for 6 boxes'):
+        batched_soft_nms([boxes, boxes], [scores, scores[:5]])
+    with pytest.raises(ValueError, match=r'scores\[2\] is nan'):
+        soft_nms(boxes, bad.requires_grad_(), labels)
+    assert calls == ['one']
+    with pytest.raises(ValueError, match=r'scores\[2\] is nan'):
+        batched_soft_nms([boxes, boxes], [scores, bad], [labels, labels])
+    assert calls == ['one', 'one']
+
+
+@needs_gpu
+def test_cuda_operator_and_batches() -> None:
+    from mmdet_softnms.ops._operator import padded_soft_nms
+
+    images = [[tensor.cuda() for tensor in image] for image in examples(4, seed=31, num=500, classes=20)]
+    boxes, scores, labels = zip(*images, strict=True)
+    expected = [soft_nms(*image, max_num=50) for image in images]
+    for result, one in zip(batched_soft_nms(boxes, scores, labels, max_num=50), expected, strict=True):
+        assert_same((result[0].cpu(), result[1].cpu()), (one[0].cpu(), one[1].cpu()))
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        padded = padded_soft_nms(*images[0], max_num=50)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert_same(trim(tuple(tensor.cpu() for tensor in padded)), (expected[0][0].cpu(), expected[0][1].cpu()))
+    compiled = torch.compile(lambda *image: soft_nms(*image, max_num=50), fullgraph=True)(*images[0])
+    assert torch.equal(compiled[0], expected[0][0]) and torch.equal(compiled[1], expected[0][1])
+    images[1][1][3] = float('nan')
+    with pytest.raises(ValueError, match=r'scores\[3\] is nan'):
+        batched_soft_nms(boxes, scores, labels)
 
 
 PROGRAM = """

@@ -7,7 +7,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -16,7 +18,7 @@ from mmdet_softnms.reevaluation.metrics import AP_NAMES, COCO_STATS, RECALLS, Ev
 from mmdet_softnms.reevaluation.settings import Setting
 from mmdet_softnms.reevaluation.store import ReevaluationError
 from mmdet_softnms.reevaluation.sweep import detections
-from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
+from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS, describe
 from tests.drawn import drawn_test_set
 from tests.tiny_dataset import make_project
 
@@ -40,7 +42,7 @@ def _pycocotools(truth, results):
     return evaluation
 
 
-@pytest.mark.parametrize('rule', [HardNMS(0.5), SoftNMS('gaussian'), SoftNMS('linear'), NoSuppression()], ids=str)
+@pytest.mark.parametrize('rule', [HardNMS(0.5), SoftNMS('gaussian'), SoftNMS('linear'), NoSuppression()], ids=describe)
 @pytest.mark.parametrize('seed', [0, 1])
 def test_every_number_is_pycocotools(rule, seed):
     candidates, truth = drawn_test_set(seed=seed)
@@ -134,3 +136,60 @@ def test_voc_ground_truth_keeps_difficult_objects_apart(project):
     assert all(len(one['bboxes_ignore']) == 1 and len(one['bboxes']) >= 2 for one in truth.voc)
     assert sum(one['iscrowd'] for one in truth.coco['annotations']) == 6
     assert np.concatenate([one['bboxes'] for one in truth.voc]).dtype == np.float32
+
+
+def test_real_coco_annotations(shared):
+    """Crowds, areas of segmentations, 80 classes with gaps in their ids: objects moved a little, as detections."""
+    root = shared / 'data/coco'
+    ann_file = root / 'annotations/instances_val2017_206.json'
+    cfg = Config(
+        dict(
+            test_dataloader=dict(
+                dataset=dict(
+                    type='CocoDataset',
+                    data_root=f'{root}/',
+                    ann_file='annotations/instances_val2017_206.json',
+                    data_prefix=dict(img='val2017/'),
+                    test_mode=True,
+                    pipeline=[],
+                )
+            ),
+            test_evaluator=dict(type='CocoMetric', ann_file=str(ann_file)),
+        )
+    )
+    dataset = build_test_set(cfg, check_images=False)
+    truth = read_ground_truth(cfg, dataset)
+    content = json.loads(ann_file.read_text())
+    random = np.random.default_rng(0)
+    results, found = [], []
+    for number in range(len(dataset)):
+        img_id = dataset.get_data_info(number)['img_id']
+        boxes, labels = [], []
+        for one in content['annotations']:
+            if one['image_id'] == img_id:
+                for _ in range(2):
+                    x, y, w, h = np.array(one['bbox']) * random.normal(1, 0.05, 4)
+                    boxes.append([x, y, x + w, y + h])
+                    labels.append(truth.category_ids.index(one['category_id']))
+        result = InstanceData(
+            bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            scores=torch.tensor(random.random(len(boxes)), dtype=torch.float32),
+            labels=torch.tensor(labels, dtype=torch.int64),
+        )
+        results.append(result)
+        found += [
+            dict(image_id=img_id, category_id=truth.category_ids[label], score=score, bbox=[x1, y1, x2 - x1, y2 - y1])
+            for (x1, y1, x2, y2), score, label in zip(
+                result.bboxes.tolist(), result.scores.tolist(), labels, strict=True
+            )
+        ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(ann_file))
+        expected = COCOeval(coco, coco.loadRes(found), 'bbox')
+        expected.evaluate()
+        expected.accumulate()
+        expected.summarize()
+    metrics = Evaluator(truth)(results).metrics
+    assert any(one['iscrowd'] for one in truth.coco['annotations']) and 0.1 < metrics['AP'] < 0.9
+    for name, value in zip(COCO_STATS, expected.stats, strict=True):
+        assert metrics[name] == pytest.approx(value, abs=1e-9), name

@@ -1,0 +1,295 @@
+"""The registered operator: schema, shapes without data, compilers, gradients; and several images at once."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import mmdet_softnms
+from mmdet_softnms import batched_soft_nms, soft_nms, warmup
+
+if not hasattr(torch.library, 'custom_op'):
+    pytest.fail('the suite needs torch 2.4, which has torch.library.custom_op')
+
+from mmdet_softnms.ops._operator import padded_soft_nms, soft_nms_backward
+
+ROOT = Path(__file__).parents[2]
+METHODS = ('linear', 'gaussian', 'hard')
+
+
+def _scene(num, seed=0, num_classes=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(num, 2, generator=generator, dtype=torch.float64) * 60
+    sides = torch.rand(num, 2, generator=generator, dtype=torch.float64) * 40 + 10
+    scores = torch.rand(num, generator=generator, dtype=torch.float64) * 0.9 + 0.1
+    labels = torch.randint(num_classes, (num,), generator=generator)
+    return torch.cat([corners, corners + sides], 1).to(dtype), scores.to(dtype), labels
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('max_num', [-1, 0, 7, 1000])
+def test_padded_results_hold_the_public_ones(method, max_num):
+    boxes, scores, labels = _scene(40, dtype=torch.float32)
+    keep, kept, count = padded_soft_nms(boxes, scores, labels, method, min_score=0.3, max_num=max_num)
+    expected_keep, expected = soft_nms(boxes, scores, labels, method=method, min_score=0.3, max_num=max_num)
+    num = int(count)
+    assert num == len(expected_keep) and len(keep) == len(kept) == (40 if max_num < 0 else min(40, max_num))
+    assert torch.equal(keep[:num], expected_keep) and torch.equal(kept[:num], expected)
+    assert (keep[num:] == -1).all() and (kept[num:] == 0).all()
+
+
+def test_torchs_own_checks_of_an_operator():
+    boxes, scores, labels = _scene(30)
+    arguments = (boxes.requires_grad_(), scores.requires_grad_(), labels)
+    # Not test_aot_dispatch_dynamic: it sums integer results into floats; compilers are tested below.
+    utilities = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    torch.library.opcheck(padded_soft_nms, arguments, dict(max_num=10), test_utils=utilities)
+    keep = padded_soft_nms(boxes.detach(), scores.detach(), labels)[0]
+    backward = (torch.rand(30, dtype=torch.float64), boxes.detach(), scores.detach(), labels, keep)
+    torch.library.opcheck(soft_nms_backward, (*backward, 'linear', 0.3, 0.5, 0.0), test_utils=utilities)
+
+
+class _Padded(torch.nn.Module):
+    def forward(self, boxes, scores, labels):
+        keep, kept, count = padded_soft_nms(boxes * 2, scores, labels, max_num=10)
+        return keep, kept + 1, count
+
+
+class _Public(torch.nn.Module):
+    def forward(self, boxes, scores, labels):
+        keep, kept = soft_nms(boxes * 2, scores, labels, max_num=10, method='linear')
+        return boxes[keep], kept * 2
+
+
+def _same(results, expected):
+    return len(results) == len(expected) and all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_a_model_compiles_in_one_graph(backend):
+    inputs = _scene(30)
+    compiled = torch.compile(_Padded(), fullgraph=True, backend=backend)
+    assert _same(compiled(*inputs), _Padded()(*inputs))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # the number of results becomes a symbol
+        assert _same(torch.compile(_Public(), fullgraph=True, backend=backend)(*inputs), _Public()(*inputs))
+
+
+def test_gradients_pass_through_a_compiled_model():
+    results = []
+    for model in (_Padded(), torch.compile(_Padded(), fullgraph=True, backend='aot_eager')):
+        boxes, scores, labels = _scene(30)
+        model(boxes.requires_grad_(), scores.requires_grad_(), labels)[1].square().sum().backward()
+        results.append((boxes.grad, scores.grad))
+    assert _same(*results) and results[0][0].abs().sum() > 0
+
+
+@pytest.mark.parametrize('model', [_Padded(), _Public()], ids=['padded', 'public'])
+@pytest.mark.parametrize('strict', [False, True])
+def test_a_model_is_exported_for_any_number_of_boxes(model, strict):
+    num = torch.export.Dim('num', min=11, max=4096)
+    shapes = dict(boxes={0: num}, scores={0: num}, labels={0: num})
+    exported = torch.export.export(model, _scene(30), dynamic_shapes=shapes, strict=strict)
+    for seed in range(3):
+        inputs = _scene(20 + 30 * seed, seed=seed)
+        assert _same(exported.module()(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+    'options', [dict(min_score=0.05, max_num=12, offset=1), dict(min_score=0.0), dict(iou_threshold=0.5, sigma=0.2)]
+)
+@pytest.mark.parametrize('seed', range(3))
+def test_gradients_are_those_of_finite_differences(method, options, seed):
+    boxes, scores, labels = _scene(20, seed)
+    for some_labels in (labels, None):
+
+        def kept(boxes, scores, some_labels=some_labels):
+            return soft_nms(boxes, scores, some_labels, method=method, **options)[1]
+
+        assert torch.autograd.gradcheck(kept, (boxes.requires_grad_(), scores.requires_grad_()))
+
+
+def test_gradients_of_more_boxes_than_are_held_at_a_time(monkeypatch):
+    results = []
+    for rows in (7, 1000):
+        monkeypatch.setattr('mmdet_softnms.ops._operator._ROWS', rows)
+        boxes, scores, labels = _scene(100)
+        soft_nms(boxes.requires_grad_(), scores.requires_grad_(), labels, min_score=0)[1].square().sum().backward()
+        results.append((boxes.grad, scores.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_where_a_weight_is_zero():
+    """A duplicate under the linear rule: its score is 0, and so is its slope but for the duplicate's own IoU."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [4, 0, 14, 10]], requires_grad=True)
+    scores = torch.tensor([0.9, 0.8, 0.7], requires_grad=True)
+    soft_nms(boxes, scores, method='linear', min_score=0)[1].sum().backward()
+    assert scores.grad.isfinite().all() and boxes.grad.isfinite().all()
+    assert scores.grad[0] == 1 and scores.grad[1] == 0
+
+
+def test_half_precision_and_no_grad():
+    boxes, scores, labels = _scene(30, dtype=torch.bfloat16)
+    kept = soft_nms(boxes, scores.requires_grad_(), labels)[1]
+    kept.sum().backward()
+    assert kept.dtype == scores.grad.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert not soft_nms(boxes, scores, labels)[1].requires_grad
+
+
+def test_bad_values_are_named_with_gradients_too():
+    boxes, scores, labels = _scene(5)
+    with pytest.raises(ValueError, match='sigma'):
+        soft_nms(boxes.requires_grad_(), scores, labels, sigma=0)
+    with pytest.raises(ValueError, match='labels'):
+        soft_nms(boxes, scores, -labels - 1)
+
+
+def test_the_package_is_light_to_import():
+    """Beside torch: numba, and torch's compilers, wait for the first call that needs them."""
+    script = (
+        'import sys, torch; before = set(sys.modules); import mmdet_softnms; '
+        'print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - {"mmdet_softnms"}), '
+        '"mmdet_softnms.ops._operator" in sys.modules)'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    third_party = set(eval(done.stdout.rsplit(' ', 1)[0])) - set(sys.stdlib_module_names)
+    assert third_party == set() and done.stdout.strip().endswith('False')
+
+
+# --- several images ---------------------------------------------------------------------------------------------------
+
+
+def _batch(num=6, size=3000):
+    scenes = [_scene(size + number, number, dtype=torch.float32) for number in range(num)]
+    return [list(column) for column in zip(*scenes, strict=True)]
+
+
+def _equal(results, expected):
+    return len(results) == len(expected) and all(
+        _same(one, other) for one, other in zip(results, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize('size', [0, 10, 3000])
+def test_a_batch_is_its_images(size):
+    boxes, scores, labels = _batch(size=size)
+    expected = [soft_nms(*image, max_num=50) for image in zip(boxes, scores, labels, strict=True)]
+    assert _equal(batched_soft_nms(boxes, scores, labels, max_num=50), expected)
+    alone = [soft_nms(*image, method='linear') for image in zip(boxes[:2], scores[:2], strict=True)]
+    assert _equal(batched_soft_nms(boxes[:2], scores[:2], method='linear'), alone)
+    assert batched_soft_nms([], [], []) == []
+
+
+def test_a_batch_uses_threads_only_where_it_is_worth_it(monkeypatch):
+    used = []
+    original = mmdet_softnms.ops._batch.soft_nms
+    monkeypatch.setattr(
+        'mmdet_softnms.ops._batch.soft_nms',
+        lambda *arguments, **options: used.append(threading.current_thread().name) or original(*arguments, **options),
+    )
+    boxes, scores, labels = _batch()
+    batched_soft_nms(boxes, scores, labels)
+    assert any(name.startswith('mmdet_softnms') for name in used)
+    used.clear()
+    batched_soft_nms(boxes[:1], scores[:1], labels[:1])
+    batched_soft_nms([box[:10] for box in boxes], [score[:10] for score in scores])
+    assert set(used) == {threading.current_thread().name}
+
+
+def test_gradients_and_no_grad_reach_the_threads():
+    boxes, scores, labels = _batch(num=3)
+    for score in scores:
+        score.requires_grad_()
+    kept = [kept for _, kept in batched_soft_nms(boxes, scores, labels, max_num=20)]
+    sum(one.sum() for one in kept).backward()
+    assert all(score.grad.abs().sum() > 0 for score in scores)
+    with torch.no_grad():
+        assert not any(kept.requires_grad for _, kept in batched_soft_nms(boxes, scores, labels, max_num=20))
+
+
+def test_errors_of_one_image_are_raised():
+    boxes, scores, labels = _batch(num=3)
+    scores[1][5] = float('nan')
+    with pytest.raises(ValueError, match='scores must be finite'):
+        batched_soft_nms(boxes, scores, labels)
+    with pytest.raises(ValueError, match='3 boxes, 2 scores'):
+        batched_soft_nms(boxes, scores[:2])
+
+
+def test_64_threads_at_once():
+    boxes, scores, labels = _batch(num=3, size=2000)
+    expected = batched_soft_nms(boxes, scores, labels, max_num=100)
+    wrong = []
+
+    def call():
+        for _ in range(3):
+            if not _equal(batched_soft_nms(boxes, scores, labels, max_num=100), expected):
+                wrong.append(threading.current_thread().name)
+
+    threads = [threading.Thread(target=call) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+class _Suppressed(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        boxes, scores, labels = _batch(num=2, size=2500)
+        return sum(float(kept.sum()) for _, kept in batched_soft_nms(boxes, scores, labels, max_num=30))
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_data_loader_workers(method):
+    """Forked ones inherit a pool whose threads are not there; they must not wait for them."""
+    expected = _Suppressed()[0]
+    assert method in multiprocessing.get_all_start_methods()
+    loader = DataLoader(_Suppressed(), num_workers=2, multiprocessing_context=method, timeout=120)
+    assert [float(value) for value in loader] == [pytest.approx(expected)] * 4
+
+
+def test_warming_up_leaves_nothing_for_the_first_call():
+    script = (
+        'import sys; from mmdet_softnms import soft_nms, warmup; warmup(); warmup(); import torch; '
+        'before = set(sys.modules); soft_nms(torch.rand(5, 4).double().cumsum(1), torch.rand(5)); '
+        'print(sorted(set(sys.modules) - before))'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'
+    assert warmup() is None
+
+
+def test_a_million_candidates():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(1_000_000, 2, generator=generator) * 2000
+    boxes = torch.cat([corners, corners + 30], 1)
+    scores, labels = torch.rand(1_000_000, generator=generator), torch.randint(1203, (1_000_000,), generator=generator)
+    keep, kept = soft_nms(boxes, scores, labels, max_num=300)
+    assert len(keep) == 300 and kept[0] == scores.max() and (kept[1:] <= kept[:-1]).all()
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='no GPU: and no /proc to read memory from')
+def test_ten_thousand_tiny_calls_leave_no_trace():
+    boxes, scores, labels = _scene(20, dtype=torch.float32)
+
+    def resident():
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+    for _ in range(2000):
+        soft_nms(boxes, scores, labels)
+    before = resident()
+    for _ in range(10_000):
+        soft_nms(boxes, scores, labels)
+    assert resident() - before < 2 * 2**20  # 10,000 results of this size would be 4 MB, had they stayed
