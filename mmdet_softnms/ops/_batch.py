@@ -1,4 +1,4 @@
-"""Several images at once on the CPU, and getting ready before the first."""
+"""Several images at once, and getting ready before the first."""
 
 import functools
 import os
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import soft_nms
+from mmdet_softnms.ops import _triton
+from mmdet_softnms.ops._soft_nms import _check_tensors, _differentiable_or_compiled, soft_nms
 
 #: Fewer candidates than this in a batch (a tenth of a millisecond) are not worth waking threads for.
 _WORTH_THREADS = 4000
@@ -20,8 +21,9 @@ def batched_soft_nms(
 ) -> list[tuple[Tensor, Tensor]]:
     """:func:`mmdet_softnms.soft_nms` for each image of a batch, on all cores; the same bits as one call an image.
 
-    The kernel lets go of Python's lock, so threads share the work; a single image, a small batch and images that are
-    not on the CPU are worked on in the calling thread, without any.
+    On the CPU the kernel lets go of Python's lock, so threads share the work. On a GPU with Triton all images are one
+    launch, and the host waits for the device once. A single image, a small batch on the CPU, images on other devices,
+    of mixed types or with gradients are one call after the other.
 
     Args:
         boxes: (N_i, 4) for each image, as there.
@@ -44,11 +46,31 @@ def batched_soft_nms(
         with torch.set_grad_enabled(grad_enabled):
             return soft_nms(boxes[number], scores[number], None if labels is None else labels[number], **parameters)
 
+    at_once = _in_one_launch(boxes, scores, labels, parameters)
+    if at_once is not None:
+        return at_once
     on_cpu = all(isinstance(one_, Tensor) and one_.device.type == 'cpu' for one_ in scores)
     if len(boxes) < 2 or not on_cpu or sum(map(len, scores)) < _WORTH_THREADS:
         return [one(number) for number in range(len(boxes))]
     warmup()  # in this thread: two that import numba at once would wait for one another
     return list(_pool(os.getpid()).map(one, range(len(boxes))))
+
+
+def _in_one_launch(
+    boxes: Sequence[Tensor], scores: Sequence[Tensor], labels: Sequence[Tensor] | None, parameters: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]] | None:
+    """A batch on a GPU with Triton; None where that is not what it is, or a value is bad (alone, it is named)."""
+    tensors = [*boxes, *scores]
+    if len(scores) < 2 or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return None
+    kinds = {(tensor.device, tensor.dtype) for tensor in boxes}, {(tensor.device, tensor.dtype) for tensor in scores}
+    if len(kinds[0]) > 1 or len(kinds[1]) > 1 or not _triton.available(scores[0].device):
+        return None
+    if any(map(_differentiable_or_compiled, boxes, scores)):
+        return None
+    for number in range(len(scores)):
+        _check_tensors(boxes[number], scores[number], None if labels is None else labels[number])
+    return _triton.soft_nms_of_list(boxes, scores, labels, **parameters)
 
 
 def warmup() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from mmdet_softnms.ops import _soft_nms
+from mmdet_softnms.ops import _soft_nms, _triton
 
 _ROWS = 256  # kept boxes whose weights are held at a time in the backward pass: 256 x M values
 
@@ -33,7 +33,8 @@ def padded_soft_nms(
     Returns:
         ``keep`` (Tensor[P], int64), padded with -1; ``scores`` (Tensor[P]), padded with 0, in the dtype of the input
         scores; ``count`` (Tensor[], int64), how many of them count. P is N, or ``min(N, max_num)`` where ``max_num``
-        is a limit.
+        is a limit. On a GPU with Triton (``ops/_triton.py``) nothing waits for the device, so bad values raise nothing
+        there: ``count`` is -1.
 
     Gradients flow from the returned scores to the input scores and boxes. A kept score is its input score times the
     weights of the boxes of its class selected before it; who is selected, and in which order, is piecewise constant,
@@ -41,6 +42,11 @@ def padded_soft_nms(
     where an IoU is ``iou_threshold`` (the linear weight jumps there), where a score meets ``min_score``, and where
     edges of two boxes coincide. ``hard``: 1 to the score, 0 to the boxes.
     """
+    if _triton.available(scores.device):
+        return _triton.soft_nms_triton(
+            boxes, scores, labels, method=method, iou_threshold=iou_threshold,
+            sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
+        )  # fmt: skip
     keep, kept = _soft_nms.soft_nms(
         boxes.detach(), scores.detach(), labels, method=method, iou_threshold=iou_threshold,  # type: ignore[arg-type]
         sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,

@@ -3,7 +3,7 @@
 import ctypes
 import math
 import operator
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -48,10 +48,11 @@ def soft_nms(
     from the rounded IoU and rounded once, so that every path and device gives the same bits. IoU is 0 when the
     intersection is empty or the union is not positive (boxes of zero area, inverted boxes).
 
-    CPU tensors go through a numba kernel that finds the selections lazily (``ops/_cpu.py``), other devices through
-    plain PyTorch (``ops/_reference.py``); devices without float64 are computed on the CPU. Where an input requires a
-    gradient, and under ``torch.compile`` and ``torch.export``, the registered operator is called, which says what
-    the gradients are (``ops/_operator.py``, torch 2.4 or newer).
+    CPU tensors go through a numba kernel that finds the selections lazily (``ops/_cpu.py``), NVIDIA GPUs through a
+    Triton kernel where Triton works (``ops/_triton.py``), other devices through plain PyTorch (``ops/_reference.py``);
+    devices without float64 are computed on the CPU. Where an input requires a gradient, and under ``torch.compile``
+    and ``torch.export``, the registered operator is called, which says what the gradients are (``ops/_operator.py``,
+    torch 2.4 or newer).
 
     Args:
         boxes (Tensor[N, 4]): ``(x1, y1, x2, y2)`` in pixels, any floating type. Finite; normally ``x1 <= x2`` and
@@ -85,6 +86,10 @@ def soft_nms(
         if torch.compiler.is_compiling():
             torch._check(num >= 0)
             torch._check(num <= keep.shape[0])
+        elif num < 0:  # a GPU's operator cannot raise without waiting
+            dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+            wide = None if labels is None else labels.to(torch.int64)
+            raise_bad_values(boxes.detach().to(dtype), scores.detach().to(dtype), wide, float(offset))
         return keep[:num], kept_scores[:num]
     _check_tensors(boxes, scores, labels)
     dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
@@ -96,13 +101,19 @@ def soft_nms(
             labels = None if labels is None else labels.cpu()
         boxes, scores = boxes.detach().to(dtype), scores.detach().to(dtype)
         labels = None if labels is None else labels.to(torch.int64)  # torch compares no uint16, uint32 or uint64
-        if boxes.device.type == 'cpu':
-            # Imported at the first call: numba takes longer to import than everything else here.
-            from mmdet_softnms.ops import _cpu as path
-        else:
-            from mmdet_softnms.ops import _reference as path  # type: ignore[no-redef]
-        keep, kept_scores = path.select(boxes, scores, labels, params)
+        keep, kept_scores = _path(boxes.device).select(boxes, scores, labels, params)
         return keep.to(device), kept_scores.to(device=device, dtype=score_dtype)
+
+
+def _path(device: torch.device) -> Any:
+    """The module whose ``select`` serves a device; imported at the first call."""
+    if device.type == 'cpu':
+        from mmdet_softnms.ops import _cpu  # numba takes longer to import than everything else here
+
+        return _cpu
+    from mmdet_softnms.ops import _reference, _triton
+
+    return _triton if _triton.available(device) else _reference
 
 
 def _differentiable_or_compiled(boxes: Tensor, scores: Tensor) -> bool:
