@@ -182,6 +182,23 @@ def tensorflow_arguments(rule: Rule) -> dict[str, float]:
     raise ExportError('TensorFlow has the gaussian rule and hard NMS only, not the linear one; export it as ONNX')
 
 
+def openvino_arguments(rule: Rule) -> dict[str, Any]:
+    """Inputs and attributes of OpenVINO's ``NonMaxSuppression`` (opset 5 to 9) that mean the same.
+
+    Its sigma is TensorFlow's. It keeps classes apart by itself, and zeroes what overlaps more than ``iou_threshold``,
+    which is 1 here for the gaussian rule. ``max_output_boxes_per_class`` is per class: cut its sorted result at
+    ``max_per_img``.
+
+    Raises:
+        ExportError: OpenVINO has no such rule (linear, an offset).
+    """
+    try:
+        arguments: dict[str, Any] = dict(tensorflow_arguments(rule))
+    except ExportError as error:
+        raise ExportError(str(error).replace('TensorFlow', 'OpenVINO')) from None
+    return arguments | dict(box_encoding='corner', sort_result_descending=True)
+
+
 def _arguments(rule: Rule) -> tuple[str, dict[str, Any]]:
     if isinstance(rule, MmcvNMS) or not isinstance(rule, SoftNMS):
         raise ExportError(

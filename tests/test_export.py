@@ -11,7 +11,13 @@ import torch
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 
-from mmdet_softnms.export import ExportError, post_process_to_onnx, rule_to_onnx, tensorflow_arguments
+from mmdet_softnms.export import (
+    ExportError,
+    openvino_arguments,
+    post_process_to_onnx,
+    rule_to_onnx,
+    tensorflow_arguments,
+)
 from mmdet_softnms.post_process import post_process
 from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, SoftNMS, describe
 
@@ -114,9 +120,12 @@ def test_tensorflows_sigma_is_half_of_the_papers():
     gaussian = tensorflow_arguments(SoftNMS('gaussian', sigma=0.5, min_score=0.01))
     assert gaussian == dict(iou_threshold=1.0, score_threshold=0.01, soft_nms_sigma=0.25)
     assert tensorflow_arguments(HardNMS(0.4)) == dict(iou_threshold=0.4, score_threshold=0.0, soft_nms_sigma=0.0)
+    assert openvino_arguments(SoftNMS('gaussian', sigma=0.3))['soft_nms_sigma'] == 0.15
     for rule in (SoftNMS('linear'), SoftNMS('gaussian', offset=1)):
-        with pytest.raises(ExportError):
+        with pytest.raises(ExportError, match='TensorFlow'):
             tensorflow_arguments(rule)
+        with pytest.raises(ExportError, match='OpenVINO'):
+            openvino_arguments(rule)
 
 
 def _export(*arguments):
