@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 . tools/setup_env.sh
 take_setup_options "$@"
 setup_env
+setup_tests
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
 say 'Running the tests (about 8 min on 2 cores)'
 cores=$(getconf _NPROCESSORS_ONLN)

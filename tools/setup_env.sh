@@ -175,10 +175,16 @@ build_mmcv() (
 )
 
 install_packages() {
-  pip_install "${STACK_PACKAGES[@]}" "$MMCV" "${BUILD_TOOLS[@]}" --editable '.[test,bench,lint]' || return
+  pip_install "${STACK_PACKAGES[@]}" "$MMCV" "${BUILD_TOOLS[@]}" --editable '.[bench]' || return
   # mmcv asks for the OpenCV with windows, which needs libGL; a server without it gets the one without windows instead.
   "$VENV/bin/python" -c 'import cv2' ||
     pip_install --force-reinstall --no-deps opencv-python-headless
+}
+
+# setup_tests: what only the tests need, onnxruntime and Triton's interpreter among it (1 GB on disk).
+setup_tests() {
+  step 'test packages' '30 s, plus the download' "$(cat tools/constraints.txt pyproject.toml | hash_of) $PWD" \
+    pip_install "${BUILD_TOOLS[@]}" "$MMCV" --editable '.[test,lint]'
 }
 
 # The ops are called, not only imported: built against another torch, they fail here and not in the middle of a job.
