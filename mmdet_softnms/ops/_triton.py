@@ -10,7 +10,6 @@ score, then the lowest index, at every step. So it is the order by (score fallin
 """
 
 import functools
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,21 +25,22 @@ _WARPS = 4
 _PREPARE_BLOCK = 1024
 _MOST_PROGRAMS = 4096  # further segments are taken by the same programs, one after the other
 _CAPABILITY = (8, 0)  # what current Triton releases support
+_VERSION = (3, 6)  # 3.5.1 and older flush float32 denormals to zero in the division (div.rn.ftz.f32)
 
 
 def available(device: torch.device) -> bool:
     """Whether :func:`soft_nms_triton` can be used for tensors on ``device``.
 
-    An NVIDIA GPU of compute capability 8.0 or higher, triton, and a C compiler for it (it builds its launchers); where
-    the last fails, a RuntimeWarning says why, once. Anything else is served by the portable path. The first call for a
-    device compiles a small kernel, later ones cost nothing.
+    An NVIDIA GPU of compute capability 8.0 or higher, triton 3.6 or newer (which torch 2.11 and newer bring), and a C
+    compiler for it (it builds its launchers); where the last fails, a RuntimeWarning says why, once. Anything else is
+    served by the portable path. The first call for a device compiles a small kernel, later ones cost nothing.
     """
     return device.type == 'cuda' and torch.version.hip is None and _works(device.index)
 
 
 @functools.cache
 def _works(index: int | None) -> bool:
-    if importlib.util.find_spec('triton') is None or not torch.cuda.is_available():
+    if not torch.cuda.is_available() or _version() < _VERSION:
         return False
     device = torch.device('cuda', torch.cuda.current_device() if index is None else index)
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
@@ -56,6 +56,15 @@ def _works(index: int | None) -> bool:
         )
         return False
     return True
+
+
+def _version() -> tuple[int, ...]:
+    """Of triton: (major, minor), or () where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return ()
+    return tuple(int(part) for part in triton.__version__.split('.')[:2])
 
 
 def _probe(device: torch.device) -> None:

@@ -5,7 +5,6 @@ compiler's work (looked at below in the compiled code, as far as that goes witho
 threads, speed.
 """
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -59,14 +58,14 @@ class Runner(NamedTuple):
 
 
 @pytest.fixture(scope='module')
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with triton_worker.start(interpret=True) as worker:
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    with triton_worker.start(interpret=True, cache=tmp_path_factory.mktemp('triton')) as worker:
         yield worker
 
 
 @pytest.fixture(scope='module')
-def compiler() -> Iterator[ProcessPoolExecutor]:
-    with triton_worker.start(interpret=False) as worker:
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    with triton_worker.start(interpret=False, cache=tmp_path_factory.mktemp('triton')) as worker:
         yield worker
 
 
@@ -430,7 +429,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     monkeypatch.setattr(torch.version, 'hip', None)
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    monkeypatch.setattr(_triton, '_version', lambda: (3, 10))
     monkeypatch.setattr(_triton, '_probe', lambda device: None)
     _triton._works.cache_clear()
     yield monkeypatch
@@ -451,12 +450,13 @@ def test_available_on_a_supported_gpu_only(pretend_gpu: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ('owner', 'name', 'value'),
     [
-        (importlib.util, 'find_spec', lambda name: None),
+        (_triton, '_version', lambda: ()),
+        (_triton, '_version', lambda: (3, 5)),
         (torch.cuda, 'is_available', lambda: False),
         (torch.cuda, 'get_device_capability', lambda device: (7, 5)),
     ],
 )
-def test_not_available_without_triton_or_on_an_old_gpu(
+def test_not_available_without_triton_or_with_an_old_one_or_on_an_old_gpu(
     pretend_gpu: pytest.MonkeyPatch, owner: Any, name: str, value: Any
 ) -> None:
     pretend_gpu.setattr(owner, name, value)
@@ -481,7 +481,7 @@ def test_every_device_gets_its_path(pretend_gpu: pytest.MonkeyPatch) -> None:
     assert _soft_nms._path(torch.device('cpu')) is _cpu
     assert _soft_nms._path(CUDA) is _triton
     assert _soft_nms._path(torch.device('xpu')) is _reference
-    pretend_gpu.setattr(importlib.util, 'find_spec', lambda name: None)
+    pretend_gpu.setattr(_triton, '_version', lambda: ())
     _triton._works.cache_clear()
     assert _soft_nms._path(CUDA) is _reference
 
@@ -539,6 +539,11 @@ def test_cuda_operator_and_batches() -> None:
     images[1][1][3] = float('nan')
     with pytest.raises(ValueError, match=r'scores\[3\] is nan'):
         batched_soft_nms(boxes, scores, labels)
+
+
+def test_version_is_read(compiler: ProcessPoolExecutor) -> None:
+    version = triton_worker.call(compiler, MODULE, '_version')
+    assert version >= _triton._VERSION and len(version) == 2
 
 
 PROGRAM = """

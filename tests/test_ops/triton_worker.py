@@ -9,12 +9,13 @@ import pickle
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 
-def start(interpret: bool) -> ProcessPoolExecutor:
-    """One process; it starts with the first request."""
-    return ProcessPoolExecutor(1, get_context('spawn'), initializer=_become_worker, initargs=(interpret,))
+def start(interpret: bool, cache: Path) -> ProcessPoolExecutor:
+    """One process, which starts with the first request; ``cache``: where Triton may keep compiled kernels."""
+    return ProcessPoolExecutor(1, get_context('spawn'), initializer=_become_worker, initargs=(interpret, str(cache)))
 
 
 def call(worker: ProcessPoolExecutor, module: str, function: str, *args: Any, **kwargs: Any) -> Any:
@@ -22,9 +23,10 @@ def call(worker: ProcessPoolExecutor, module: str, function: str, *args: Any, **
     return pickle.loads(worker.submit(_answer, pickle.dumps((module, function, args, kwargs))).result())
 
 
-def _become_worker(interpret: bool) -> None:
+def _become_worker(interpret: bool, cache: str) -> None:
     assert 'triton' not in sys.modules
     os.environ['TRITON_INTERPRET'] = '1' if interpret else '0'
+    os.environ['TRITON_CACHE_DIR'] = cache
     import torch
 
     assert 'triton' not in sys.modules
