@@ -1,4 +1,4 @@
-"""The compiled path as a neighbour: threads, processes, and places where numba cannot write its disk cache."""
+"""What only the compiled path does: layers, lanes and its own exp; threads, processes and numba's disk cache."""
 
 import os
 import resource
@@ -18,7 +18,8 @@ import torch
 
 import mmdet_softnms
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _cpu
+from mmdet_softnms.ops import _cpu, _reference
+from mmdet_softnms.ops._soft_nms import Parameters
 
 WARNING = 'compiles its kernels anew'
 
@@ -28,6 +29,78 @@ def crowd(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     corner = 300 * torch.rand(num, 2, generator=generator)
     boxes = torch.cat([corner, corner + 5 + 60 * torch.rand(num, 2, generator=generator)], dim=1)
     return boxes, torch.rand(num, generator=generator), torch.randint(5, (num,), generator=generator)
+
+
+def assert_equals_the_definition(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, **parameters: Any
+) -> None:
+    keep, kept_scores = soft_nms(boxes, scores, labels, **parameters)
+    values: dict[str, Any] = {'iou_threshold': 0.3, 'sigma': 0.5, 'min_score': 1e-3, 'offset': 0.0, **parameters}
+    for name in ('iou_threshold', 'sigma', 'min_score'):
+        values[name] = torch.tensor(values[name], dtype=scores.dtype).item()
+    expected_keep, expected_scores = _reference.select(boxes, scores, labels, Parameters(**values))
+    assert torch.equal(keep, expected_keep)
+    assert torch.equal(kept_scores, expected_scores)
+
+
+# --- layers of the heap, lanes of the selected boxes, exp ------------------------------------------------------------
+
+
+def unseen_by_the_sample(num: int) -> torch.Tensor:
+    """Scores whose highest are exactly those that the first bound is not taken from."""
+    scores = 0.5 + torch.rand(num, generator=torch.Generator().manual_seed(1)) / 2
+    scores[[k * 2654435761 % num for k in range(_cpu._SAMPLE)]] = 0.25
+    return scores
+
+
+SCORES: dict[str, Callable[[int], torch.Tensor]] = {
+    'all equal': lambda num: torch.full((num,), 0.5),
+    'rising': lambda num: torch.linspace(0.01, 1, num),
+    'few above many': lambda num: torch.where(torch.arange(num) % 997 == 3, 0.9, 0.1),
+    'unseen by the sample': unseen_by_the_sample,
+    'zeros': torch.zeros,
+}
+
+
+@pytest.mark.parametrize('method', ['linear', 'gaussian', 'hard'])
+@pytest.mark.parametrize('min_score', [0.0, 1e-3, 0.2])
+@pytest.mark.parametrize('max_num', [1, 40, 375])
+@pytest.mark.parametrize('kind', list(SCORES))
+def test_layers_lose_no_candidate(kind: str, max_num: int, min_score: float, method: str) -> None:
+    """Enough candidates for a heap in layers; in the crowd, a layer sinks below what lies outside of it."""
+    boxes, _, labels = crowd(3000)
+    scores = SCORES[kind](len(boxes))
+    parameters = {'method': method, 'max_num': max_num, 'min_score': min_score}
+    for layout in (boxes, boxes / 5, boxes % 60 + boxes.new_tensor([0, 0, 60, 60])):
+        assert_equals_the_definition(layout, scores, labels % 2, **parameters)
+
+
+@pytest.mark.parametrize('method', ['linear', 'gaussian', 'hard'])
+@pytest.mark.parametrize('num', [*range(1, 40), 500])
+def test_every_number_of_lanes(num: int, method: str) -> None:
+    """One class, all wanted: blocks are begun, full to the last lane, and walked through."""
+    boxes, scores, labels = crowd(num)
+    for spread in (1.0, 5.0, 0.01):  # crowded, sparse, all over one another
+        parameters = {'method': method, 'max_num': -1, 'min_score': 0.0, 'iou_threshold': 0.5}
+        assert_equals_the_definition(boxes * boxes.new_tensor(spread), scores, 0 * labels, **parameters)
+        overlapping = boxes % 60 + boxes.new_tensor([0, 0, 60, 60])
+        assert_equals_the_definition(overlapping, scores, 0 * labels, **parameters)
+
+
+@pytest.mark.parametrize('sigma', [1e-4, 1e-3, 0.01, 0.1, 0.5, 1.0, 7.0, 1e6])
+def test_lanes_of_exp_round_to_what_exp_rounds_to(sigma: float) -> None:
+    ious = np.concatenate([np.linspace(0, 1, 160_000), np.geomspace(1e-30, 1, 160_000), [0, 1] * 8]).astype(np.float32)
+    expected = np.exp(-(ious.astype(np.float64) ** 2) / sigma).astype(np.float32)
+    actual = np.empty_like(ious)
+
+    @numba.njit(error_model='numpy')
+    def weigh(ious: Any, sigma: float, weights: Any) -> None:
+        for k in range(0, len(ious), _cpu._LANES):
+            _cpu._gaussian_weights(ious[k:], sigma, weights[k:])
+
+    weigh(ious, sigma, actual)
+    # Two good ones differ where float64's last bit decides the rounding to float32: once in hundreds of millions.
+    np.testing.assert_array_equal(actual, expected)
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
