@@ -21,17 +21,18 @@ from torch import Tensor
 from mmdet_softnms.ops import _reference, _soft_nms
 
 MMCV_SOFT, MMCV_HARD, ENSEMBLE = 'mmcv soft', 'mmcv hard', 'ensemble-boxes soft'
-TORCHVISION, BIRDER, PLAIN, TENSORFLOW = 'torchvision hard', 'birder soft (CPU path)', 'plain PyTorch', 'TensorFlow'
+TORCHVISION, BIRDER, PLAIN, TENSORFLOW = 'torchvision hard', 'birder soft', 'plain PyTorch', 'TensorFlow'
 PEERS = (MMCV_SOFT, MMCV_HARD, ENSEMBLE, TENSORFLOW, PLAIN, BIRDER, TORCHVISION)
 #: What the table says of each peer.
 REMARKS = {
-    MMCV_SOFT: 'mmcv cannot stop early: it works on all candidates also where the top 100 are wanted (its result is '
-    'then cut, as in mmdet). It moves classes apart by adding label x (largest coordinate + 1) to float32 boxes.',
+    MMCV_SOFT: 'on the CPU, also for candidates on a GPU. It cannot stop early: it works on all candidates also where '
+    'the top 100 are wanted (its result is then cut, as in mmdet). It moves classes apart by adding label x (largest '
+    'coordinate + 1) to float32 boxes.',
     MMCV_HARD: '`nms` at IoU 0.5, whatever the rule of the row.',
     ENSEMBLE: 'coordinates in [0, 1] and float64, boxes of no area removed, `thresh` (our min_score) applied once at '
     'the end with > instead of >=, result grouped by class and not sorted; no early stop.',
     TORCHVISION: '`batched_nms` at IoU 0.5, whatever the rule of the row; cut afterwards.',
-    BIRDER: 'its CUDA kernel does not run on a CPU; this is what it falls back to, a loop over classes in PyTorch.',
+    BIRDER: 'a CUDA kernel on a GPU; on a CPU what it falls back to, a loop over classes in PyTorch.',
     PLAIN: 'the definition, a loop of vectorised PyTorch over selections (mmdet_softnms/ops/_reference.py).',
     TENSORFLOW: '`tf.image.non_max_suppression_with_scores` with soft_nms_sigma = sigma / 2, classes moved apart as in '
     'mmcv; it has no linear rule. It stops early. In a process of its own, timed there.',
@@ -77,7 +78,7 @@ def peers(
     }
     if rule != 'hard':
         timed[MMCV_SOFT] = mmcv_with({'type': 'soft_nms', 'min_score': min_score, **parameters})
-        timed[ENSEMBLE] = _ensemble_boxes(boxes, scores, labels, rule, parameters, min_score, size)
+        timed[ENSEMBLE] = _ensemble_boxes(boxes.cpu(), scores.cpu(), labels.cpu(), rule, parameters, min_score, size)
     if importlib.util.find_spec('torchvision'):
         from torchvision.ops import batched_nms as torchvision_nms
 
@@ -88,7 +89,7 @@ def peers(
         timed[BIRDER] = lambda: batched_soft_nms(boxes, scores, labels, parameters['sigma'], min_score)[1][:limit]
     if tensorflow is not None and rule != 'linear':
         timed[TENSORFLOW] = tensorflow.call(
-            boxes + offset, scores, limit, min_score if rule == 'gaussian' else 0.0, parameters
+            (boxes + offset).cpu(), scores.cpu(), limit, min_score if rule == 'gaussian' else 0.0, parameters
         )
     return timed
 

@@ -1,9 +1,9 @@
 """Measure mmdet_softnms against its alternatives. ``python tools/benchmark.py op --help`` lists the options.
 
-``op``: the operator on the CPU against ``mmcv.ops.batched_nms`` (soft and hard), the soft NMS of ensemble-boxes, of
-birder and of TensorFlow, torchvision's hard NMS and the definition in plain PyTorch, as far as they are installed
-(``--tensorflow`` takes the Python of an environment of its own), all on the same candidates, in one run, in turns.
-The candidates are drawn, but shaped like a detector's:
+``op``: the operator on the CPU, or by ``--device cuda`` on a GPU, against ``mmcv.ops.batched_nms`` (soft and hard), the
+soft NMS of ensemble-boxes, of birder and of TensorFlow, torchvision's hard NMS and the definition in plain PyTorch, as
+far as they are installed (``--tensorflow`` takes the Python of an environment of its own), all on the same candidates,
+in one run, in turns. The candidates are drawn, but shaped like a detector's:
 
 * A scene of 1333 x 800 px holds 20 objects. 1,000 proposals (more where so many candidates need them): four in five lie
   round an object, with normal errors of a tenth of its size, the others anywhere.
@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
 
 from _benchmark_peers import MMCV_HARD, MMCV_SOFT, PEERS, REMARKS, TensorFlow, peers
+from _benchmark_plots import plot_growth, plot_peers
 from _benchmark_stage import PARTS, STOCK, exponent, median, peak_bytes, stages
 
 from mmdet_softnms import soft_nms
@@ -67,6 +68,9 @@ SLOW = 2.0  # seconds; a peer whose first call takes longer is not called again
 TOO_SLOW = 1.0  # seconds; a peer that took longer on fewer candidates of the same kind is not called at all
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 CHECKED = 2000  # selections compared with the reference, which needs a pass over all boxes for each
+
+
+TENSORS = ('boxes', 'scores', 'labels')
 
 
 class Candidates(NamedTuple):
@@ -147,7 +151,21 @@ def calls(
     parameters = PARAMETERS[rule]
     ours = {OURS: lambda: soft_nms(boxes, scores, labels, min_score=min_score, max_num=max_num, **parameters)}
     size = (WIDTH, HEIGHT)
-    return ours | peers(boxes, scores, labels, rule, parameters, min_score, max_num, size, tensorflow)
+    timed = ours | peers(boxes, scores, labels, rule, parameters, min_score, max_num, size, tensorflow)
+    if not scores.is_cuda:
+        return timed
+    return {name: call if hasattr(call, 'seconds') else finished(call) for name, call in timed.items()}
+
+
+def finished(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call until the GPU has done its work, too."""
+
+    def call_and_wait() -> Any:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return call_and_wait
 
 
 def check(candidates: Candidates, rule: str, max_num: int, keep: Tensor, scores: Tensor) -> None:
@@ -155,8 +173,9 @@ def check(candidates: Candidates, rule: str, max_num: int, keep: Tensor, scores:
     limit = CHECKED if max_num < 0 else min(max_num, CHECKED)
     options = {'iou_threshold': 0.3, 'sigma': 0.5, 'offset': 0, **PARAMETERS[rule]}
     params = _soft_nms._check_parameters(min_score=candidates.min_score, max_num=limit, dtype=torch.float32, **options)
-    expected_keep, expected_scores = _reference.select(candidates.boxes, candidates.scores, candidates.labels, params)
-    if not (torch.equal(keep[:limit], expected_keep) and torch.equal(scores[:limit], expected_scores)):
+    inputs = candidates.boxes.cpu(), candidates.scores.cpu(), candidates.labels.cpu()
+    expected_keep, expected_scores = _reference.select(*inputs, params)
+    if not (torch.equal(keep[:limit].cpu(), expected_keep) and torch.equal(scores[:limit].cpu(), expected_scores)):
         raise SystemExit(f'{rule}, {candidates.kind} classes, {len(candidates.scores)} candidates: not the reference')
 
 
@@ -313,14 +332,14 @@ DIFFERENCES = (
     f'{TOO_SLOW:.0f} s on fewer candidates.',
     '"same as mmcv": share of the selections that mmcv\'s op of the same rule also makes. Its class offset shifts '
     'IoUs; its soft_nms decays at IoU >= threshold; below 10,000 candidates all classes are one O(N^2) pass.',
-    'Checked in every row: our selection and scores equal the plain PyTorch reference bit for bit '
+    'Checked in every row: our selection and scores equal the plain PyTorch reference on the CPU bit for bit '
     f'(the first {CHECKED:,} of them).',
     *(f'{peer}: {remark}' for peer, remark in REMARKS.items()),
 )
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    lines = ['# soft_nms on the CPU', '', ', '.join(f'{key} {value}' for key, value in about.items()), '']
+    lines = ['# soft_nms', '', ', '.join(f'{key} {value}' for key, value in about.items()), '']
     titles, present = header(rows)
     lines += ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
     lines += ['| ' + ' | '.join(cells(row, present)) + ' |' for row in rows]
@@ -331,7 +350,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def show(rows: list[dict[str, Any]], about: dict[str, Any], console: Console) -> None:
     titles, present = header(rows)
-    table = Table(*titles, title='soft_nms on the CPU', caption=', '.join(f'{k} {v}' for k, v in about.items()))
+    table = Table(*titles, title='soft_nms', caption=', '.join(f'{k} {v}' for k, v in about.items()))
     for column in table.columns[4:]:
         column.justify = 'right'
     for row in rows:
@@ -496,23 +515,36 @@ def run_growth(arguments: argparse.Namespace) -> None:
     }
     rows: list[dict[str, Any]] = []
     for name, scenes_here in scenes_of.items():
-        milliseconds, memory = [], []
+        milliseconds, memory, reading = [], [], []
         for _, one, max_num in scenes_here:
             timed = calls(one, 'gaussian', max_num)
             milliseconds.append(median(in_turns({OURS: timed[OURS]}, arguments.seconds)[0][OURS]))
             memory.append(peak_bytes(one.boxes, one.scores, one.labels, max_num))
+            reading.append(median(in_turns({'read': one.scores.max}, arguments.seconds / 10)[0]['read']))
         measured = [size for size, _, _ in scenes_here]
         rows.append(
             dict(
                 name=name,
                 sizes=measured,
+                candidates=[len(one.scores) for _, one, _ in scenes_here],
                 milliseconds=milliseconds,
                 bytes=memory,
+                reading_the_scores_once=reading,
                 exponent=exponent(measured, milliseconds),
                 exponent_of_the_last=exponent(measured[-3:], milliseconds[-3:]),
             )
         )
-    table = Table('grows', 'sizes', 'ms', 'peak MB', 'exponent', 'of the last three', title='gaussian, one image')
+    titles = (
+        'grows',
+        'sizes',
+        'ms',
+        'peak MiB',
+        'exponent',
+        'of the last three',
+        'ns a candidate',
+        'reading its score',
+    )
+    table = Table(*titles, title='gaussian, one image; the last two columns for the largest size')
     for row in rows:
         table.add_row(
             row['name'],
@@ -523,20 +555,13 @@ def run_growth(arguments: argparse.Namespace) -> None:
             )),
             f'{row["exponent"]:.2f}',
             f'{row["exponent_of_the_last"]:.2f}',
+            f'{1e6 * row["milliseconds"][-1] / row["candidates"][-1]:.2g}',
+            f'{1e6 * row["reading_the_scores_once"][-1] / row["candidates"][-1]:.2g}',
         )  # fmt: skip
     Console(width=230).print(table)
     if arguments.out:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout='constrained')
-        axes = figure.subplots()
-        for row in rows:
-            axes.loglog(row['sizes'], row['milliseconds'], 'o-', label=f'{row["name"]}: exponent {row["exponent"]:.2f}')
-        axes.set(xlabel='size', ylabel='ms', title='soft_nms, gaussian, one image')
-        axes.grid(alpha=0.3, which='both')
-        axes.legend(fontsize=7)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(arguments.out / 'benchmark_growth.svg', metadata={'Date': None})
+        plot_growth(rows, arguments.out / 'benchmark_growth.svg')
     _finish(arguments, 'growth', rows)
 
 
@@ -680,8 +705,11 @@ def run_op(arguments: argparse.Namespace) -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
         except OSError as error:
             raise SystemExit(f'--out {arguments.out}: {error.strerror}') from None
-    about = machine()
-    everything = list(scenes(arguments))
+    device = torch.device(arguments.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise SystemExit(f'--device {device}: this torch ({torch.__version__}) sees no GPU; leave the option out')
+    about = machine() | {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}
+    everything = [one._replace(**{key: getattr(one, key).to(device) for key in TENSORS}) for one in scenes(arguments)]
     rows: list[dict[str, Any]] = []
     tensorflow = TensorFlow(arguments.tensorflow) if arguments.tensorflow else None
     if tensorflow is not None:
@@ -711,6 +739,7 @@ def run_op(arguments: argparse.Namespace) -> None:
     if arguments.out:
         write(arguments.out / 'benchmark_op.json', json.dumps({'machine': about, 'rows': rows}, indent=1))
         write(arguments.out / 'benchmark_op.md', markdown(rows, about))
+        plot_peers(rows, [OURS, *header(rows)[1]], arguments.out / 'benchmark_op.svg')
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, str, int]:
@@ -733,6 +762,7 @@ def parser() -> argparse.ArgumentParser:
     op.add_argument('--classes', type=positive, nargs='+', default=[20, 80, 1203], help='classes')
     op.add_argument('--dense', type=positive, nargs='*', default=sizes, help='candidates of the two one-class scenes')
     op.add_argument('--wanted', type=int, nargs='+', default=[100, 300, -1], help='max_num; -1: no limit')
+    op.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='where the candidates are (default: cpu)')
     op.add_argument('--tensorflow', metavar='PYTHON', help='interpreter of an environment that has TensorFlow')
     op.add_argument('--seconds', type=float, default=2.0, help='time to spend on a row, at least (default: 2)')
     op.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_op.md and benchmark_op.json there')

@@ -30,9 +30,10 @@ def test_rows_and_files(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Ca
     assert 'worst against mmcv soft' in capsys.readouterr().out
 
     folder = tmp_path / 'new' / 'folder'
-    assert sorted(path.name for path in folder.iterdir()) == ['benchmark_op.json', 'benchmark_op.md']
+    assert sorted(path.name for path in folder.iterdir()) == [f'benchmark_op.{kind}' for kind in ('json', 'md', 'svg')]
     report = json.loads((folder / 'benchmark_op.json').read_text())
     rows = report['rows']
+    assert all(peer in (folder / 'benchmark_op.svg').read_text() for peer in ('ours', 'mmcv soft'))
     assert len(rows) == 3 * 3 * 2  # scenes, rules, top 100 or all
     for row in rows:
         peers = {'ours', 'mmcv hard', 'plain PyTorch'}
@@ -123,6 +124,18 @@ def test_output_folder_that_cannot_be_is_one_clear_line(benchmark: ModuleType, t
         benchmark.main([*SMALL, '--out', str(tmp_path / 'file')])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is there')
+def test_gpu_that_is_not_there_is_one_clear_line(benchmark: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match='sees no GPU'):
+        benchmark.main([*SMALL, '--device', 'cuda', '--out', str(tmp_path)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
+def test_rows_on_a_gpu(benchmark: ModuleType, tmp_path: Path) -> None:
+    benchmark.main([*SMALL, '--device', 'cuda', '--out', str(tmp_path)])
+    assert json.loads((tmp_path / 'benchmark_op.json').read_text())['machine']['device'] != 'CPU'
+
+
 def test_pooling_equals_its_naive_form_and_is_shown(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +171,7 @@ def test_growth_is_fitted(
     benchmark.main(['growth', '--largest', '8192', '--seconds', '0', '--out', str(tmp_path)])
     rows = json.loads((tmp_path / 'benchmark_growth.json').read_text())['rows']
     assert len(rows) == 6 and all(len(row['sizes']) == len(row['bytes']) for row in rows)
-    assert '<svg' in (tmp_path / 'benchmark_growth.svg').read_text()
+    assert all(row['name'] in (tmp_path / 'benchmark_growth.svg').read_text() for row in rows)
     assert 'exponent' in capsys.readouterr().out
 
 
