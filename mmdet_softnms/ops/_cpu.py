@@ -120,16 +120,18 @@ def _check(boxes, scores, labels, offset):  # type: ignore[no-untyped-def]
     """The highest label, or _BAD_VALUE where a value is not finite, an area overflows or a label is negative."""
     real = scores.dtype.type
     largest = np.finfo(boxes.dtype).max / real(2)
-    # Nearly always: coordinates so small that no area can overflow. Plain sums of ones and zeros, which vectorise.
-    safe = real(math.sqrt(largest) / 8)
-    bad, signs, highest = np.uint32(0), np.int64(0), np.int64(0)
-    for value in boxes.reshape(-1):
-        bad |= np.uint32(not abs(value) <= safe)
-    for score in scores:
-        bad |= np.uint32(not abs(score) <= np.finfo(scores.dtype).max)
-    for label in labels:
-        signs |= label
-        highest = max(highest, label)
+    # Nearly always all coordinates are so small that no area can overflow; counted without branches, so that LLVM
+    # vectorises it.
+    safe, finite = real(math.sqrt(largest) / 8), np.finfo(scores.dtype).max
+    corners = boxes.reshape(-1)
+    bad = signs = highest = 0
+    for k in range(len(corners)):
+        bad += 0 if abs(corners[k]) <= safe else 1
+    for k in range(len(scores)):
+        bad += 0 if abs(scores[k]) <= finite else 1
+    for k in range(len(labels)):
+        signs |= labels[k]
+        highest = max(highest, labels[k])
     if bad == 0 and signs >= 0 and offset <= safe:
         return highest
     for i in range(len(scores)):
