@@ -8,6 +8,7 @@ method up to raw results, then ``mmdet_softnms.post_process``), at several ``sco
 laws fitted to them on log axes.
 """
 
+import ctypes
 import statistics
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
@@ -102,17 +103,18 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def peak_bytes(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, max_num: int) -> int | None:
-    """What one gaussian call adds to a process's resident memory at its peak, without its input; None: not Linux."""
+    """What one gaussian call adds to a process's resident memory at its peak, without its input. None: no glibc."""
     queue = get_context('fork').SimpleQueue()
 
     def call() -> None:
         soft_nms(boxes[:10], scores[:10], labels[:10])  # loads the kernel
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed is resident, and would be used again
             Path('/proc/self/clear_refs').write_text('5')  # the peak is that of now
             before = _peak_kibibytes()
             soft_nms(boxes, scores, labels, max_num=max_num)
             queue.put(1024 * (_peak_kibibytes() - before))
-        except OSError:
+        except (OSError, AttributeError):
             queue.put(None)
 
     process = get_context('fork').Process(target=call)

@@ -532,6 +532,9 @@ def run_growth(arguments: argparse.Namespace) -> None:
                 reading_the_scores_once=reading,
                 exponent=exponent(measured, milliseconds),
                 exponent_of_the_last=exponent(measured[-3:], milliseconds[-3:]),
+                exponent_of_memory=(
+                    exponent(measured[-3:], [float(value) for value in memory[-3:] if value]) if all(memory) else None
+                ),
             )
         )
     titles = (
@@ -541,6 +544,7 @@ def run_growth(arguments: argparse.Namespace) -> None:
         'peak MiB',
         'exponent',
         'of the last three',
+        'of memory',
         'ns a candidate',
         'reading its score',
     )
@@ -555,10 +559,11 @@ def run_growth(arguments: argparse.Namespace) -> None:
             )),
             f'{row["exponent"]:.2f}',
             f'{row["exponent_of_the_last"]:.2f}',
+            '?' if row['exponent_of_memory'] is None else f'{row["exponent_of_memory"]:.2f}',
             f'{1e6 * row["milliseconds"][-1] / row["candidates"][-1]:.2g}',
             f'{1e6 * row["reading_the_scores_once"][-1] / row["candidates"][-1]:.2g}',
         )  # fmt: skip
-    Console(width=230).print(table)
+    Console(width=240).print(table)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         plot_growth(rows, arguments.out / 'benchmark_growth.svg')

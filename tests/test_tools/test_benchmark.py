@@ -175,6 +175,17 @@ def test_growth_is_fitted(
     assert 'exponent' in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_the_peak_memory_is_that_of_one_call(benchmark: ModuleType) -> None:
+    boxes, scores, labels = benchmark.detector_candidates(200_000, 80, num_proposals=3125)[:3]
+    num = len(scores)
+    for _ in range(2):
+        benchmark.soft_nms(boxes, scores, labels)  # what this frees must not hide what the next call takes
+    # At least the heap (12 bytes each) and what was seen (4).
+    assert 16 * num < benchmark.peak_bytes(boxes, scores, labels, -1) < 60 * num
+    assert benchmark.peak_bytes(boxes, scores, labels, 100) < 16 * num
+
+
 def test_the_sweep_is_timed_part_by_part(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
