@@ -1,4 +1,4 @@
-"""Two commands of tools/benchmark.py: the whole post-processing stage of a RoI head, and how the operator grows.
+"""Parts of tools/benchmark.py: the whole post-processing stage of a RoI head, how the operator grows, how it starts.
 
 ``stage``: class logits and box deltas in, ``InstanceData`` out, for one image of 1,000 proposals and 80 classes:
 mmdet's own stage with hard NMS (``BBoxHead.predict_by_feat`` with the stock ``test_cfg``) against ours (the same
@@ -6,10 +6,16 @@ method up to raw results, then ``mmdet_softnms.post_process``), at several ``sco
 
 ``growth``: time and memory of the operator against candidates, classes and ``max_num``, with the exponents of power
 laws fitted to them on log axes.
+
+``serving``: importing the package, ``warmup()``, and batches of images.
 """
 
 import ctypes
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -127,6 +133,29 @@ def peak_bytes(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, 
 def _peak_kibibytes() -> int:
     lines = Path('/proc/self/status').read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith('VmHWM')))
+
+
+def startup(runs: int) -> dict[str, float]:
+    """Median seconds of new processes: the import after torch's, the first ``warmup()``, with and without its cache."""
+    program = (
+        'import time, torch; start = time.perf_counter(); import mmdet_softnms; imported = time.perf_counter(); '
+        'mmdet_softnms.warmup(); print(imported - start, time.perf_counter() - imported)'
+    )
+    environment = os.environ | {'PYTHONPATH': str(Path(__file__).resolve().parents[1])}
+
+    def run(cache: str) -> list[float]:
+        here = environment | {'NUMBA_CACHE_DIR': cache}
+        done = subprocess.run([sys.executable, '-c', program], env=here, check=True, capture_output=True, text=True)
+        return [float(value) for value in done.stdout.split()]
+
+    with tempfile.TemporaryDirectory() as cache:
+        compiled = run(cache)[1]
+        imports, warm = zip(*(run(cache) for _ in range(runs)), strict=True)
+    return {
+        'import, after torch': statistics.median(imports),
+        'warmup, from the disk cache': statistics.median(warm),
+        'warmup, compiled': compiled,
+    }
 
 
 def median(values: Sequence[float]) -> float:

@@ -21,6 +21,8 @@ where torchvision is installed, against its operator.
 
 ``growth``: time and memory against candidates, classes and ``max_num``, with fitted exponents and a plot.
 
+``serving``: what a new process waits for (import, ``warmup()``), and a batch of images against one after the other.
+
 ``sweep``: many suppression settings over the stored candidates of a drawn test set the size of COCO val2017: 5,000 of
 the scenes above with 7 objects each, 80 classes. Tells the size of the store and how the time divides into reading
 it, suppression and COCO metrics.
@@ -50,9 +52,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone
 
 from _benchmark_peers import MMCV_HARD, MMCV_SOFT, PEERS, REMARKS, TensorFlow, peers
 from _benchmark_plots import plot_growth, plot_peers
-from _benchmark_stage import PARTS, STOCK, exponent, median, peak_bytes, stages
+from _benchmark_stage import PARTS, STOCK, exponent, median, peak_bytes, stages, startup
 
-from mmdet_softnms import soft_nms, warmup
+from mmdet_softnms import batched_soft_nms, soft_nms, warmup
 from mmdet_softnms.layers import KINDS, ps_roi_pool
 from mmdet_softnms.layers.ps_roi_pool import _caffe_edges, _torchvision_edges
 from mmdet_softnms.ops import _reference, _soft_nms
@@ -570,6 +572,35 @@ def run_growth(arguments: argparse.Namespace) -> None:
     _finish(arguments, 'growth', rows)
 
 
+def one_by_one(boxes: list[Tensor], scores: list[Tensor], labels: list[Tensor], max_num: int) -> list[Any]:
+    return [soft_nms(*image, max_num=max_num) for image in zip(boxes, scores, labels, strict=True)]
+
+
+def run_serving(arguments: argparse.Namespace) -> None:
+    """New processes, and batches of images."""
+    start = startup(FEWEST_ROUNDS)
+    rows: list[dict[str, Any]] = []
+    table = Table(
+        'candidates x classes of an image', 'wanted', 'images', 'one by one, ms', 'batched, ms', title='gaussian'
+    )
+    for num, max_num in ((1000, 100), (10_000, 100), (10_000, -1)):
+        images = [detector_candidates(num, 80, seed=seed) for seed in range(max(arguments.images))]
+        for size in arguments.images:
+            boxes, scores, labels = ([getattr(image, name) for image in images[:size]] for name in TENSORS)
+            timed: dict[str, Callable[[], Any]] = {
+                'one by one': partial(one_by_one, boxes, scores, labels, max_num),
+                'batched': partial(batched_soft_nms, boxes, scores, labels, max_num=max_num),
+            }
+            medians = {name: median(times) for name, times in in_turns(timed, arguments.seconds)[0].items()}
+            rows.append(dict(candidates=num, classes=80, max_num=max_num, images=size, milliseconds=medians))
+            alone, batch = medians['one by one'], medians['batched']
+            wanted = 'all' if max_num < 0 else f'top {max_num}'
+            table.add_row(f'{num:,} x 80', wanted, str(size), f'{alone:.3g}', f'{batch:.3g} ({alone / batch:.2f}x)')
+    table.caption = 'a new process: ' + ', '.join(f'{name} {value:.3g} s' for name, value in start.items())
+    Console(width=120).print(table)
+    _finish(arguments, 'serving', [{'seconds': start}, *rows])
+
+
 def _finish(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> None:
     about = machine()
     print(', '.join(f'{key} {value}' for key, value in about.items()))
@@ -781,9 +812,12 @@ def parser() -> argparse.ArgumentParser:
     growth = commands.add_parser('growth', help='time and memory against sizes, with fitted exponents')
     growth.add_argument('--largest', type=positive, default=102_400, help='candidates (default: 102,400)')
     growth.set_defaults(run=run_growth)
-    for command in (stage, growth):
+    serving = commands.add_parser('serving', help='import, warmup(), and batches of images')
+    serving.add_argument('--images', type=positive, nargs='+', default=[1, 2, 4, 8, 16], help='in a batch')
+    serving.set_defaults(run=run_serving)
+    for command in (stage, growth, serving):
         command.add_argument('--seconds', type=float, default=1.0, help='time to spend on a point (default: 1)')
-        command.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_stage.json (..._growth) there')
+        command.add_argument('--out', type=Path, metavar='DIR', help='write benchmark_COMMAND.json there')
     sweep = commands.add_parser('sweep', help='many settings over the stored candidates of a test set')
     sweep.add_argument('--images', type=positive, default=5000, help='of the drawn test set (default: 5000)')
     sweep.add_argument('--candidates', type=positive, default=1500, help='of each image (default: 1500)')

@@ -186,6 +186,18 @@ def test_the_peak_memory_is_that_of_one_call(benchmark: ModuleType) -> None:
     assert benchmark.peak_bytes(boxes, scores, labels, 100) < 16 * num
 
 
+def test_serving_times_new_processes_and_batches(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchmark, 'FEWEST_ROUNDS', 1)
+    benchmark.main(['serving', '--images', '1', '3', '--seconds', '0', '--out', str(tmp_path)])
+    start, *rows = json.loads((tmp_path / 'benchmark_serving.json').read_text())['rows']
+    assert start['seconds']['warmup, compiled'] > start['seconds']['warmup, from the disk cache'] > 0
+    assert [row['images'] for row in rows] == [1, 3] * 3
+    assert all(row['milliseconds'][name] > 0 for row in rows for name in ('one by one', 'batched'))
+    assert 'a new process' in capsys.readouterr().out
+
+
 def test_the_sweep_is_timed_part_by_part(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
