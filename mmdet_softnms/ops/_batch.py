@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from mmdet_softnms.ops import _triton
 from mmdet_softnms.ops._soft_nms import _check_tensors, _differentiable_or_compiled, soft_nms
 
-#: Fewer candidates than this in a batch (a tenth of a millisecond) are not worth waking threads for.
-_WORTH_THREADS = 4000
+#: Selections, with a fiftieth of the candidates, below which a batch (a third of a millisecond) is not worth waking
+#: threads for.
+_WORTH_THREADS = 700
 
 
 def batched_soft_nms(
@@ -49,11 +50,41 @@ def batched_soft_nms(
     at_once = _in_one_launch(boxes, scores, labels, parameters)
     if at_once is not None:
         return at_once
+    helpers = min(_cores(), len(boxes)) - 1
     on_cpu = all(isinstance(one_, Tensor) and one_.device.type == 'cpu' for one_ in scores)
-    if len(boxes) < 2 or not on_cpu or sum(map(len, scores)) < _WORTH_THREADS:
+    max_num = parameters.get('max_num', -1)
+    if helpers < 1 or not on_cpu or not isinstance(max_num, int) or _work(scores, max_num) < _WORTH_THREADS:
         return [one(number) for number in range(len(boxes))]
-    warmup()  # in this thread: two that import numba at once would wait for one another
-    return list(_pool(os.getpid()).map(one, range(len(boxes))))
+    return _on_all_cores(one, len(boxes), helpers)
+
+
+def _work(scores: Sequence[Tensor], max_num: int) -> int:
+    return sum((len(one) if max_num < 0 else min(len(one), max_num)) + len(one) // 50 for one in scores)
+
+
+def _on_all_cores(
+    one: Callable[[int], tuple[Tensor, Tensor]], num_images: int, num_helpers: int
+) -> list[tuple[Tensor, Tensor]]:
+    """``one`` of each image, this thread and the helpers taking the next as they are free.
+
+    One task for a helper, not for an image: handing over costs as much as a small image does.
+    """
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    numbers = iter(range(num_images))
+
+    def work() -> None:
+        for number in numbers:
+            results[number] = one(number)
+
+    helpers = [_pool(os.getpid()).submit(work) for _ in range(num_helpers)]
+    try:
+        work()
+    finally:
+        started = [helper for helper in helpers if not helper.cancel()]
+        wait(started)
+    for helper in started:
+        helper.result()  # raises what it has raised
+    return [results[number] for number in range(num_images)]
 
 
 def _in_one_launch(
@@ -86,5 +117,9 @@ def warmup() -> None:
 @functools.lru_cache(maxsize=1)
 def _pool(pid: int) -> ThreadPoolExecutor:
     """One pool a process; a forked one has none of its parent's threads, and gets its own by its number."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return ThreadPoolExecutor(cores, thread_name_prefix='mmdet_softnms')
+    warmup()  # in this thread: two that import numba at once would wait for one another
+    return ThreadPoolExecutor(_cores(), thread_name_prefix='mmdet_softnms')
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

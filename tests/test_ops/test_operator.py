@@ -189,19 +189,33 @@ def test_a_batch_is_its_images(size):
 
 
 def test_a_batch_uses_threads_only_where_it_is_worth_it(monkeypatch):
-    used = []
+    here, used, helped = threading.current_thread().name, [], threading.Event()
     original = mmdet_softnms.ops._batch.soft_nms
-    monkeypatch.setattr(
-        'mmdet_softnms.ops._batch.soft_nms',
-        lambda *arguments, **options: used.append(threading.current_thread().name) or original(*arguments, **options),
-    )
-    boxes, scores, labels = _batch()
-    batched_soft_nms(boxes, scores, labels)
-    assert any(name.startswith('mmdet_softnms') for name in used)
+
+    def noted(*arguments, **options):
+        used.append(threading.current_thread().name)
+        if used[-1] != here:
+            helped.set()
+        elif waits:
+            assert helped.wait(60)
+        return original(*arguments, **options)
+
+    boxes, scores, labels = _batch(num=4)
+    expected = [soft_nms(*image) for image in zip(boxes, scores, labels, strict=True)]
+    monkeypatch.setattr('mmdet_softnms.ops._batch.soft_nms', noted)
+    monkeypatch.setattr('mmdet_softnms.ops._batch._cores', lambda: 2)
+    waits = True
+    assert _equal(batched_soft_nms(boxes, scores, labels), expected)
+    assert len(used) == 4 and len(set(used)) == 2 and here in used
+
+    waits = False
     used.clear()
     batched_soft_nms(boxes[:1], scores[:1], labels[:1])
     batched_soft_nms([box[:10] for box in boxes], [score[:10] for score in scores])
-    assert set(used) == {threading.current_thread().name}
+    batched_soft_nms(boxes[:3], scores[:3], labels[:3], max_num=100)
+    monkeypatch.setattr('mmdet_softnms.ops._batch._cores', lambda: 1)
+    batched_soft_nms(boxes, scores, labels)
+    assert set(used) == {here}
 
 
 def test_gradients_and_no_grad_reach_the_threads():
@@ -222,6 +236,21 @@ def test_errors_of_one_image_are_raised():
         batched_soft_nms(boxes, scores, labels)
     with pytest.raises(ValueError, match='3 boxes, 2 scores'):
         batched_soft_nms(boxes, scores[:2])
+    with pytest.raises(TypeError, match='max_num'):
+        batched_soft_nms(boxes[::2], scores[::2], labels[::2], max_num='many')
+
+
+@pytest.mark.parametrize('bad', range(4))
+def test_whichever_thread_meets_an_error_raises_it_here(bad, monkeypatch):
+    monkeypatch.setattr('mmdet_softnms.ops._batch._cores', lambda: 3)
+    boxes, scores, labels = _batch(num=4)
+    expected = [soft_nms(*image) for image in zip(boxes, scores, labels, strict=True)]
+    broken = [score.clone() for score in scores]
+    broken[bad][5] = float('nan')
+    for _ in range(5):
+        with pytest.raises(ValueError, match='scores must be finite'):
+            batched_soft_nms(boxes, broken, labels)
+    assert _equal(batched_soft_nms(boxes, scores, labels), expected)
 
 
 def test_64_threads_at_once():
