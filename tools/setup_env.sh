@@ -35,7 +35,7 @@ take_setup_options() {
       VENV=.venv
       MMCV=onedl-mmcv==2.3.6
       STACK_PACKAGES=(onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1)
-      BUILD_TOOLS=(setuptools wheel ninja)
+      BUILD_TOOLS=('setuptools>=77' wheel ninja) # mmcv states its licence in the newer way
       ;;
     official) # frozen since 2024: its build needs setuptools < 80, and mmengine imports pkg_resources at run time
       VENV=.venv-official
@@ -72,7 +72,7 @@ step() {
 # remedy: what the log of the failed step points to.
 remedy() {
   local log
-  log=$(awk '/^== / {log = ""} {log = log $0 "\n"} END {printf "%s", log}' "$VENV/setup.log")
+  log=$(awk '/^== / {text = ""} {text = text $0 "\n"} END {printf "%s", text}' "$VENV/setup.log")
   case $log in
     *"No space left"*) echo "The disk is full: make room and try again." ;;
     *"NewConnectionError"* | *"NameResolutionError"* | *"name resolution"* | *"timed out"* | *"Network is unreachable"*)
