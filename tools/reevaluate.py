@@ -211,9 +211,10 @@ def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_
     write_json(work_dir / 'reevaluation.json', content)
     forget_partial(work_dir)
     command = 'python tools/reevaluate.py ' + ' '.join(sys.argv[1:])
-    pages = write_report(work_dir, result, title=Path(args.config).stem, command=command, selection=chosen)
+    title = Path(args.config).stem
+    pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
     out = Console()
-    Console(width=max(out.width, 180)).print(to_table(result))
+    Console(width=max(out.width, 200)).print(to_table(result, selection))
     if chosen:
         print(chosen)
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')

@@ -1,16 +1,18 @@
 """The images on which another suppression changes most, drawn under both, for the report.
 
 An image's gain is that of its own AP times its objects: a crowd of ten that gains 20 points says more about
-suppression than a single cat whose second box moved up. What changed is told by COCO's matching at IoU 0.5.
-*Recovered*: an object that a detection matches under the second setting and none under the first. *Lost*: the other
-way round. *Added false positive*: a detection of at least ``PICTURE_SCORE_THR`` that matches no object and is not
-among those of the first setting.
+suppression than a single cat whose second box moved up. What changed is told by COCO's matching.
+*Recovered*: an object that a detection matches at IoU 0.5 under the second setting and none under the first. *Lost*:
+the other way round. *Tighter*: an object matched under both, up to a higher IoU threshold under the second setting
+(a better box of it was kept); *looser*: up to a lower one. *Added false positive*: any other detection of at least
+``PICTURE_SCORE_THR`` that matches no object at IoU 0.5 and is not among those of the first setting.
 """
 
 import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mmcv
 import numba
@@ -21,15 +23,16 @@ from PIL import Image
 
 from mmdet_softnms.reevaluation.engine import Session
 from mmdet_softnms.reevaluation.metrics import IOU_THRS, RECALLS
-from mmdet_softnms.reevaluation.selection import Matches, Objects, _interpolated, match
+from mmdet_softnms.reevaluation.selection import Matches, Objects, _interpolated, match, match_image
 from mmdet_softnms.reevaluation.settings import Setting
 from mmdet_softnms.reevaluation.sweep import detections
 
 #: Detections below it are drawn only where they recover or lose an object.
 PICTURE_SCORE_THR = 0.3
 _WIDTH = 640  # pixels
-_COLOURS = dict(
-    found=(46, 160, 67), recovered=(255, 200, 0), lost=(255, 200, 0), added=(220, 40, 40), false=(150, 150, 150)
+#: By kind, the last on top: what is drawn later lies over the others.
+COLOURS = dict(
+    false=(150, 150, 150), found=(46, 160, 67), added=(220, 40, 40), tighter=(64, 140, 255), only=(255, 200, 0)
 )
 
 
@@ -42,6 +45,8 @@ class Picture:
     ap: tuple[float, float]  # of this image alone, in [0, 1]
     recovered: int
     lost: int
+    tighter: int
+    looser: int
     added: int
     before: str  # data URL of a JPEG
     after: str
@@ -116,7 +121,8 @@ def draw_pictures(session: Session, before: Setting, after: Setting, number: int
         if picture is None:  # gone since, or damaged
             missing += 1
             continue
-        pictures.append(_picture(session, image, picture, [result[image] for result in results], matches, aps))
+        pair = results[0][image], results[1][image]
+        pictures.append(_picture(session, image, picture, pair, objects, (float(aps[0][image]), float(aps[1][image]))))
     if missing:
         return pictures, f'{missing} images could not be read.'
     return pictures, '' if chosen else 'No image gains or loses.'
@@ -126,66 +132,82 @@ def _picture(
     session: Session,
     image: int,
     picture: np.ndarray,
-    results: Sequence[InstanceData],
-    matches: Sequence[Matches],
-    aps: Sequence[np.ndarray],
+    results: tuple[InstanceData, InstanceData],
+    objects: Objects,
+    ap: tuple[float, float],
 ) -> Picture:
-    hits = []  # per setting: object by detection, for those that match one
-    for one in matches:
-        of_image = np.flatnonzero(one.image == image)
-        hits.append({int(one.row[d]): int(one.object50[d]) for d in of_image if one.object50[d] >= 0})
     annotations = session.truth.coco['annotations']
-
-    def objects(side: int) -> set[int]:
-        return {number for number in hits[side].values() if not annotations[number]['iscrowd']}
-
-    recovered, lost = objects(1) - objects(0), objects(0) - objects(1)
+    matched = [match_image(result, image, objects) for result in results]  # (M, T) each
+    best = [_best_boxes(one, annotations) for one in matched]
+    num_better = [{'only': 0, 'tighter': 0} for _ in results]
     known = {_key(results[0], row) for row in range(len(results[0])) if results[0].scores[row] >= PICTURE_SCORE_THR}
     added = 0
     drawn = []
-    for side, special in ((0, lost), (1, recovered)):
+    for side, result in enumerate(results):
+        # The detections that make this side the better one for an object.
+        special: dict[int, tuple[str, str]] = {}
+        for number, (threshold, row) in best[side].items():
+            other = best[1 - side].get(number)
+            if other is None or threshold > other[0]:
+                kind = 'only' if other is None else 'tighter'
+                num_better[side][kind] += 1
+                special[row] = kind, f' IoU {IOU_THRS[threshold]:.2f}' if other is not None else ''
         kinds = []
-        for row in range(len(results[side])):
-            score = float(results[side].scores[row])
-            if hits[side].get(row) in special and row in hits[side]:
-                kinds.append((row, 'lost' if side == 0 else 'recovered'))
-            elif score < PICTURE_SCORE_THR:
+        for row in range(len(result)):
+            if row in special:
+                kinds.append((row, *special[row]))
+            elif result.scores[row] < PICTURE_SCORE_THR:
                 continue
-            elif row in hits[side]:
-                kinds.append((row, 'found'))
-            elif side == 1 and _key(results[1], row) not in known:
-                kinds.append((row, 'added'))
+            elif matched[side][row, 0] >= 0:
+                kinds.append((row, 'found', ''))
+            elif side == 1 and _key(result, row) not in known:
+                kinds.append((row, 'added', ''))
                 added += 1
             else:
-                kinds.append((row, 'false'))
-        drawn.append(_draw(picture, results[side], kinds, session.truth.classes))
-    ap = float(aps[0][image]), float(aps[1][image])
-    num_objects = sum(one['image_id'] == session.truth.image_ids[image] and not one['iscrowd'] for one in annotations)
+                kinds.append((row, 'false', ''))
+        drawn.append(_draw(picture, result, kinds, session.truth.classes))
+    lost, recovered = (one['only'] for one in num_better)
+    looser, tighter = (one['tighter'] for one in num_better)
+    num_objects = int(objects.counts[image].sum())
     name = str(session.candidates.img_ids[image])
-    return Picture(name, num_objects, ap, len(recovered), len(lost), added, drawn[0], drawn[1])
+    return Picture(name, num_objects, ap, recovered, lost, tighter, looser, added, drawn[0], drawn[1])
+
+
+def _best_boxes(matched: np.ndarray, annotations: Sequence[dict[str, Any]]) -> dict[int, tuple[int, int]]:
+    """For each object that is found at IoU 0.5: the highest threshold (position) that finds it, and the row that does.
+
+    Crowds are no objects.
+    """
+    at_half = {int(number) for number in matched[:, 0]}
+    best = {}
+    for row, threshold in np.argwhere(matched >= 0):
+        number = int(matched[row, threshold])
+        if number in at_half and not annotations[number]['iscrowd'] and threshold >= best.get(number, (-1, -1))[0]:
+            best[number] = int(threshold), int(row)
+    return best
 
 
 def _key(result: InstanceData, row: int) -> tuple[float, ...]:
     return (*result.bboxes[row].tolist(), float(result.labels[row]))
 
 
-def _draw(picture: np.ndarray, result: InstanceData, kinds: list[tuple[int, str]], classes: Sequence[str]) -> str:
+def _draw(picture: np.ndarray, result: InstanceData, kinds: list[tuple[int, str, str]], classes: Sequence[str]) -> str:
+    """A JPEG as a data URL; ``kinds``: row, what it is, and what to write behind its score."""
     scale = _WIDTH / picture.shape[1]
     resized = mmcv.imresize(picture, (_WIDTH, max(1, round(picture.shape[0] * scale))))
     height = resized.shape[0]
     visualizer = Visualizer()
     visualizer.set_image(resized)
-    # What matters last, so that it lies on top.
-    ranks = ['false', 'found', 'added', 'lost', 'recovered']
-    for row, kind in sorted(kinds, key=lambda one: ranks.index(one[1])):
+    order = list(COLOURS)
+    for row, kind, remark in sorted(kinds, key=lambda one: order.index(one[1])):
         box = result.bboxes[row] * scale
         box[0::2] = box[0::2].clamp(1, _WIDTH - 2)
         box[1::2] = box[1::2].clamp(1, height - 2)
-        colour = _COLOURS[kind]
-        visualizer.draw_bboxes(box[None], edge_colors=[colour], line_widths=1 if kind == 'false' else 3, alpha=1.0)
+        colour, width = COLOURS[kind], 1 if kind == 'false' else 3
+        visualizer.draw_bboxes(box[None], edge_colors=[colour], line_widths=width, alpha=1.0)
         if kind != 'false':
             visualizer.draw_texts(
-                f'{classes[int(result.labels[row])]} {float(result.scores[row]):.2f}',
+                f'{classes[int(result.labels[row])]} {float(result.scores[row]):.2f}{remark}',
                 box[:2] + 2,
                 font_sizes=13,
                 colors=[colour],

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mmdet_softnms.reevaluation.engine import Reevaluation
 from mmdet_softnms.reevaluation.metrics import AP_NAMES, IOU_THRS, RECALLS
-from mmdet_softnms.reevaluation.pictures import PICTURE_SCORE_THR, Picture, draw_pictures
+from mmdet_softnms.reevaluation.pictures import COLOURS, PICTURE_SCORE_THR, Picture, draw_pictures
 from mmdet_softnms.reevaluation.selection import Selection
 from mmdet_softnms.reevaluation.store import write_whole
 from mmdet_softnms.reevaluation.sweep import Row
@@ -29,9 +29,12 @@ ALL_COLUMNS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100'
 _MAX_BARS = 40  # classes in the bar chart; beyond, the largest gains and losses
 
 
-def to_table(result: Reevaluation) -> Table:
-    """The rows in percent, baseline on top, each variant's difference to it in points beside its value."""
-    return rows_table(result.rows, result.dataset, '\n'.join(notes(result)))
+def to_table(result: Reevaluation, selection: Selection | None = None) -> Table:
+    """The rows in percent, baseline on top, each variant's difference to it in points beside its value.
+
+    With a selection, the 95 % interval of each difference, too.
+    """
+    return rows_table(result.rows, result.dataset, '\n'.join(notes(result)), selection=selection)
 
 
 def notes(result: Reevaluation) -> list[str]:
@@ -55,24 +58,43 @@ def notes(result: Reevaluation) -> list[str]:
     return lines
 
 
-def rows_table(rows: Sequence[Row], title: str, caption: str = '', among: Sequence[Row] | None = None) -> Table:
+def rows_table(
+    rows: Sequence[Row],
+    title: str,
+    caption: str = '',
+    among: Sequence[Row] | None = None,
+    selection: Selection | None = None,
+) -> Table:
     """Rows as a table for a terminal; baselines are looked for among all rows, where these are only some of them."""
     table = Table(title=title, caption=caption, caption_justify='left')
     columns = [column for column in COLUMNS if column in rows[0].metrics]
+    heading, intervals = _intervals(rows, selection)
     table.add_column('rule', no_wrap=True)
-    for column in ('score_thr', 'max_per_img', *columns, 'suppression s'):
+    for column in ('score_thr', 'max_per_img', *columns, *heading, 'suppression s'):
         table.add_column(column, justify='right', no_wrap=True)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
+    for number, (row, following) in enumerate(zip(rows, [*rows[1:], None], strict=True)):
         baseline = baseline_of(row, among or rows)
         table.add_row(
             row_label(row),
             f'{row.params["score_thr"]:g}',
             str(row.params['max_per_img']),
             *(_cell(row, baseline, column) for column in columns),
+            *intervals[number],
             f'{row.seconds:.2f}',
             end_section=row is baseline or (following is not None and is_baseline(following)),
         )
     return table
+
+
+def _intervals(rows: Sequence[Row], selection: Selection | None) -> tuple[list[str], list[list[str]]]:
+    """The column of a selection's intervals: its heading and a cell for each row; both empty without a selection."""
+    if selection is None:
+        return [], [[] for _ in rows]
+    cells = [
+        '' if is_baseline(row) else f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
+        for row, one in zip(rows, selection.settings, strict=True)
+    ]
+    return [f'{selection.criterion} gain, 95 %'], [[cell] for cell in cells]
 
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -177,7 +199,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_report(
-    work_dir: Path, result: Reevaluation, *, title: str, command: str, selection: str = '', num_pictures: int = 4
+    work_dir: Path,
+    result: Reevaluation,
+    *,
+    title: str,
+    command: str,
+    selection: Selection | None = None,
+    selection_words: str = '',
+    num_pictures: int = 4,
 ) -> list[Path]:
     """Write ``report.html`` (one file, nothing fetched from anywhere) and ``report.md`` (the table).
 
@@ -186,7 +215,8 @@ def write_report(
         result: what to report.
         title: of the page.
         command: that made it.
-        selection: of :func:`selection_text`.
+        selection: what was chosen, if anything.
+        selection_words: of :func:`selection_text`.
         num_pictures: images with the largest gain, and as many with the largest loss.
 
     Raises:
@@ -201,6 +231,7 @@ def write_report(
         settings = result.session.settings
         pair = [settings[rows.index(baseline)], settings[rows.index(best)]]
         pictures, remark = draw_pictures(result.session, pair[0], pair[1], num_pictures)
+    heading, intervals = _intervals(rows, selection)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('mmdet_softnms.reevaluation', '.'),
         autoescape=True,
@@ -211,9 +242,9 @@ def write_report(
         dataset=result.dataset,
         command=command,
         notes=notes(result),
-        columns=columns,
-        rows=[_html_row(row, rows, columns) for row in rows],
-        selection=selection,
+        columns=[*columns, *heading],
+        rows=[_html_row(row, rows, columns, more) for row, more in zip(rows, intervals, strict=True)],
+        selection=selection_words,
         sensitivity=[_data_url(figure) for figure in sensitivity_figures(rows)],
         curves=_data_url(precision_recall_figure(baseline, best)) if best is not baseline else '',
         bars=_data_url(class_gain_figure(baseline, best)) if best is not baseline else '',
@@ -222,40 +253,46 @@ def write_report(
         pictures=pictures,
         picture_remark=remark,
         picture_score_thr=PICTURE_SCORE_THR,
+        colours=COLOURS,
     )
     paths = [work_dir / 'report.html', work_dir / 'report.md']
     write_whole(paths[0], page.encode())
-    write_whole(paths[1], markdown(result, title=title, command=command, selection=selection).encode())
+    text = markdown(result, title=title, command=command, selection=selection, selection_words=selection_words)
+    write_whole(paths[1], text.encode())
     return paths
 
 
-def markdown(result: Reevaluation, *, title: str, command: str, selection: str = '') -> str:
-    """The table for an issue, a pull request or a README."""
+def markdown(
+    result: Reevaluation, *, title: str, command: str, selection: Selection | None = None, selection_words: str = ''
+) -> str:
+    """The table for an issue, a pull request or a README; arguments as in :func:`write_report`."""
     columns = [column for column in ALL_COLUMNS if column in result.rows[0].metrics]
+    heading, intervals = _intervals(result.rows, selection)
     lines = [f'# {title}', '', f'`{command}`', '', result.dataset, '']
-    lines.append('| ' + ' | '.join(['rule', 'score_thr', 'max_per_img', *columns]) + ' |')
-    lines.append('|---' * 3 + '|--:' * len(columns) + '|')
-    for row in result.rows:
+    lines.append('| ' + ' | '.join(['rule', 'score_thr', 'max_per_img', *columns, *heading]) + ' |')
+    lines.append('|---' * 3 + '|--:' * (len(columns) + len(heading)) + '|')
+    for row, more in zip(result.rows, intervals, strict=True):
         baseline = baseline_of(row, result.rows)
         around = [f'{row.params["score_thr"]:g}', str(row.params['max_per_img'])]
         cells = []
         for column in columns:
             value, _, difference = _cell(row, baseline, column).partition(' ')
             cells.append(f'{value} ({difference})' if difference else value)
-        lines.append('| ' + ' | '.join([row_label(row), *around, *cells]) + ' |')
+        lines.append('| ' + ' | '.join([row_label(row), *around, *cells, *more]) + ' |')
     lines += ['', *(f'{line}  ' for line in notes(result))]
-    if selection:
-        lines += ['', '```', selection.rstrip(), '```']
+    if selection_words:
+        lines += ['', '```', selection_words.rstrip(), '```']
     return '\n'.join(lines) + '\n'
 
 
-def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
+def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
     baseline = baseline_of(row, rows)
     cells = []
     for column in columns:
         value, _, difference = _cell(row, baseline, column).partition(' ')
         sign = '' if not difference or float(difference) == 0 else 'up' if difference.startswith('+') else 'down'
         cells.append(dict(value=value, difference=difference, sign=sign))
+    cells += [dict(value=text, difference='', sign='') for text in more]
     return dict(
         label=row_label(row),
         score_thr=f'{row.params["score_thr"]:g}',

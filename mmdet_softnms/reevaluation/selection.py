@@ -43,8 +43,6 @@ class Matches:
         ignored: (D,) uint16, bit t: matched to a crowd or difficult object at ``IOU_THRS[t]``, so neither true nor
             false.
         starts: (K + 1,) int64, detections of label k are rows ``starts[k]`` to ``starts[k + 1]``.
-        row: (D,) int32, position of the detection in its image's results.
-        object50: (D,) int32, annotation matched at IoU 0.5, as its position in ``truth.coco['annotations']``, or -1.
     """
 
     image: np.ndarray
@@ -52,8 +50,6 @@ class Matches:
     true: np.ndarray
     ignored: np.ndarray
     starts: np.ndarray
-    row: np.ndarray
-    object50: np.ndarray
 
 
 @dataclass
@@ -88,36 +84,63 @@ class Objects:
 
 def match(results: Sequence[InstanceData], objects: Objects) -> Matches:
     """Match the detections of every image to its objects, as COCOeval does at all areas and 100 detections a class."""
-    num_classes = objects.counts.shape[1]
-    lengths = [len(result) for result in results]
-    image = np.repeat(np.arange(len(results), dtype=np.int32), lengths)
+    image, score, label, boxes = _flat(results, np.arange(len(results), dtype=np.int32))
+    order, found = _match_all(image, score, label, boxes, objects)
+    crowd = np.append(objects.crowd, False)[found]  # the one behind the last is for -1, no object
+    bits = np.uint16(1) << np.arange(len(IOU_THRS), dtype=np.uint16)
+    true, ignored = (((found >= 0) & kind) @ bits for kind in (~crowd, crowd))
+    # Ranked as COCO ranks the detections of a class: by falling score, ties by image, then as they were matched.
+    ranks = np.lexsort((np.arange(len(order)), objects.image_order[image[order]], -score[order], label[order]))
+    order = order[ranks]
+    starts = np.searchsorted(label[order], np.arange(objects.counts.shape[1] + 1))
+    return Matches(image[order], score[order], true[ranks], ignored[ranks], starts)
+
+
+def match_image(result: InstanceData, image: int, objects: Objects) -> np.ndarray:
+    """(M, T) int32: the annotation that each detection of one image matches at each of ``IOU_THRS``, or -1.
+
+    Annotations are positions in ``truth.coco['annotations']``, crowds among them.
+    """
+    order, found = _match_all(*_flat([result], np.array([image])), objects)
+    annotations = np.full((len(result), len(IOU_THRS)), -1, np.int32)
+    annotations[order] = np.append(objects.number, np.int32(-1))[found]
+    return annotations
+
+
+def _flat(results: Sequence[InstanceData], images: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(D,) position of the image in the data set, (D,) score, (D,) label and (D, 4) box, x1, y1, width, height."""
     boxes = np.concatenate([result.bboxes.numpy() for result in results]).astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
-    score = np.concatenate([result.scores.numpy() for result in results]).astype(np.float32)
-    label = np.concatenate([result.labels.numpy() for result in results])
-    row = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    # By label, then image, then falling score: the order in which each cell is matched, and cut at 100.
-    order = np.lexsort((row, -score, image, label))
-    cell = image[order].astype(np.int64) * num_classes + label[order]
+    return (
+        np.repeat(images, [len(result) for result in results]),
+        np.concatenate([result.scores.numpy() for result in results]).astype(np.float32),
+        np.concatenate([result.labels.numpy() for result in results]),
+        boxes,
+    )
+
+
+def _match_all(
+    image: np.ndarray, score: np.ndarray, label: np.ndarray, boxes: np.ndarray, objects: Objects
+) -> tuple[np.ndarray, np.ndarray]:
+    """Match flat detections (see :func:`_flat`).
+
+    Returns:
+        order: positions of the detections in the order they were matched: by label, then image, then falling score,
+            at most 100 of each label and image.
+        found: (len(order), T) int32, the row in ``objects`` that each matched at each threshold, or -1.
+    """
+    order = np.lexsort((np.arange(len(score)), -score, image, label))
+    cell = image[order].astype(np.int64) * objects.counts.shape[1] + label[order]
     first = np.concatenate([[True], cell[1:] != cell[:-1]]) if len(cell) else np.zeros(0, bool)
     place = np.arange(len(cell)) - np.maximum.accumulate(np.where(first, np.arange(len(cell)), 0))
     order, cell = order[place < MAX_DETS], cell[place < MAX_DETS]
-    true, ignored, object50 = _match(
-        boxes[order], cell, objects.boxes, objects.crowd, objects.number, objects.starts, IOU_THRS
-    )
-    # Ranked as COCO ranks the detections of a class: by falling score, ties by image, then as above.
-    ranks = np.lexsort((np.arange(len(order)), objects.image_order[image[order]], -score[order], label[order]))
-    order, true, ignored, object50 = order[ranks], true[ranks], ignored[ranks], object50[ranks]
-    starts = np.searchsorted(label[order], np.arange(num_classes + 1))
-    return Matches(image[order], score[order], true, ignored, starts, row[order], object50)
+    return order, _match(boxes[order], cell, objects.boxes, objects.crowd, objects.starts, IOU_THRS)
 
 
 @numba.njit(cache=True, nogil=True)
-def _match(boxes, cells, objects, crowd, numbers, starts, thresholds):  # type: ignore[no-untyped-def]
+def _match(boxes, cells, objects, crowd, starts, thresholds):  # type: ignore[no-untyped-def]
     """COCOeval.evaluateImg over all cells; detections of one cell are neighbours, best first."""
-    true = np.zeros(len(boxes), np.uint16)
-    ignored = np.zeros(len(boxes), np.uint16)
-    object50 = np.full(len(boxes), -1, np.int32)
+    matched = np.full((len(boxes), len(thresholds)), -1, np.int32)
     taken = np.zeros((len(thresholds), len(objects)), np.bool_)
     for d in range(len(boxes)):
         begin, end = starts[cells[d]], starts[cells[d] + 1]
@@ -142,16 +165,10 @@ def _match(boxes, cells, objects, crowd, numbers, starts, thresholds):  # type: 
                     continue
                 best = iou
                 found = g
-            if found < 0:
-                continue
-            taken[t, found] = True
-            if crowd[found]:
-                ignored[d] |= np.uint16(1 << t)
-            else:
-                true[d] |= np.uint16(1 << t)
-            if t == 0:
-                object50[d] = numbers[found]
-    return true, ignored, object50
+            if found >= 0:
+                taken[t, found] = True
+                matched[d, t] = found
+    return matched
 
 
 def bootstrap_weights(num_images: int, resamples: int, seed: int) -> np.ndarray:
@@ -288,9 +305,8 @@ def pool_folds(
     image, score = gather('image'), gather('score')
     order = np.lexsort((image_order[image], -score, label))
     starts = np.searchsorted(label[order], np.arange(num_classes + 1))
-    names = ('image', 'score', 'true', 'ignored', 'row', 'object50')
-    image, score, true, ignored, row, object50 = (gather(name)[order] for name in names)
-    return Matches(image, score, true, ignored, starts, row, object50)
+    true, ignored = gather('true')[order], gather('ignored')[order]
+    return Matches(image[order], score[order], true, ignored, starts)
 
 
 @dataclass

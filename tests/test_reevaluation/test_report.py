@@ -27,7 +27,7 @@ from mmdet_softnms.reevaluation.report import (
     sensitivity_figures,
     write_report,
 )
-from mmdet_softnms.reevaluation.selection import Objects, select
+from mmdet_softnms.reevaluation.selection import Objects, Selection, select
 from mmdet_softnms.reevaluation.settings import Setting, sweep_settings
 from mmdet_softnms.reevaluation.store import Candidates, ImageCandidates
 from mmdet_softnms.reevaluation.sweep import evaluate_all, match_all
@@ -78,9 +78,18 @@ def result(tmp_path_factory) -> Reevaluation:
 
 
 @pytest.fixture(scope='module')
-def page(result, tmp_path_factory) -> Path:
+def selection(result) -> Selection:
+    session = result.session
+    matches = match_all(session.candidates, session.settings, session.truth)
+    return select(session.settings, matches, Objects.of(session.truth))
+
+
+@pytest.fixture(scope='module')
+def page(result, selection, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('report')
-    write_report(folder, result, title='A & B', command='python x --y "z"', selection='chosen: <nothing>\nsecond line')
+    words = 'chosen: <nothing>\nsecond line'
+    command = 'python x --y "z"'
+    write_report(folder, result, title='A & B', command=command, selection=selection, selection_words=words)
     return folder / 'report.html'
 
 
@@ -117,29 +126,35 @@ def test_names_are_shown_and_not_obeyed(page):
     assert '<script' not in page.read_text()
 
 
-def test_the_rows_of_the_page_are_the_rows(page, result):
+def test_the_rows_of_the_page_are_the_rows(page, result, selection):
     body = page.read_text().split('<tbody>')[1].split('</tbody>')[0]
     rows = [re.findall(r'<td>(.*?)</td>', row) for row in body.split('<tr')[1:]]
     assert len(rows) == len(result.rows) == 2 * 7 + 1
-    for cells, row in zip(rows, result.rows, strict=True):
+    for cells, row, one in zip(rows, result.rows, selection.settings, strict=True):
         # Differences refer to the hard NMS of the same score_thr; the config's own row to the first.
         group = 0 if row.source == 'config' or row.params['score_thr'] == 0.001 else 7
         value, baseline = row.metrics['AP'], result.rows[group].metrics['AP']
         expected = f'{100 * value:.2f}'
+        interval = ''
         if row is not result.rows[group]:
             expected += f'{100 * (value - baseline):+.2f}'
-        assert re.sub('<.*?>', '', cells[3]) == expected
+            interval = f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
+        assert re.sub('<.*?>', '', cells[3]) == expected and cells[-2] == interval
     assert body.count('class="baseline"') == 2 and body.count('class="config"') == 1
 
 
-def test_markdown_and_screen_say_the_same(result):
-    text = markdown(result, title='T', command='c')
-    lines = [line for line in text.splitlines() if line.startswith('|')]
-    assert len(lines) == 2 + len(result.rows)
-    assert len({line.count('|') for line in lines}) == 1
+def test_markdown_and_screen_say_the_same(result, selection):
     best = best_row(result.rows)
-    assert f'{100 * best.metrics["AP"]:.2f} (' in text
-    assert rows_table(result.rows, 'T').row_count == len(result.rows)
+    for chosen in (None, selection):
+        text = markdown(result, title='T', command='c', selection=chosen)
+        lines = [line for line in text.splitlines() if line.startswith('|')]
+        assert len(lines) == 2 + len(result.rows)
+        assert len({line.count('|') for line in lines}) == 1
+        assert f'{100 * best.metrics["AP"]:.2f} (' in text
+        table = rows_table(result.rows, 'T', selection=chosen)
+        assert table.row_count == len(result.rows)
+        assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in [column.header for column in table.columns])
+        assert ('AP gain, 95 %' in text) == (chosen is not None)
 
 
 def test_curves_of_both_parameters_and_of_the_best_rest(result):
@@ -214,6 +229,25 @@ def test_recovered_objects_are_marked(tmp_path):
     assert _near(before, gold) < 50 < 500 < _near(after, gold)
 
 
+def test_better_located_boxes_are_marked(tmp_path):
+    """The object lies under the second box, the first one is 12 px off: only where both stay is it found up to 0.95."""
+    session = _scene(tmp_path)
+    session.truth.coco['annotations'][2]['bbox'] = [32.0, 20, 100, 100]
+    found = InstanceData(
+        bboxes=torch.tensor([[20.0, 20, 120, 120], [32.0, 20, 132, 120]]),
+        scores=torch.tensor([0.9, 0.8]), labels=torch.tensor([1, 1]),
+    )  # fmt: skip
+    session.candidates = Candidates.of([session.candidates[0], ImageCandidates('dog', (200, 300), found)])
+    pictures, _ = draw_pictures(session, *session.settings, 4)
+    (dog,) = (picture for picture in pictures if picture.img_id == 'dog')
+    assert (dog.recovered, dog.lost, dog.tighter, dog.looser, dog.added) == (0, 0, 1, 0, 0) and dog.gain > 0
+    blue = (64, 140, 255)
+    assert _near(_decode(dog.before), blue) < 50 < 300 < _near(_decode(dog.after), blue)
+    pictures, _ = draw_pictures(session, *reversed(session.settings), 4)
+    (dog,) = (picture for picture in pictures if picture.img_id == 'dog')
+    assert (dog.recovered, dog.lost, dog.tighter, dog.looser, dog.added) == (0, 0, 0, 1, 0) and dog.gain < 0
+
+
 def test_losses_and_added_false_positives_are_marked(tmp_path):
     """From soft to hard, the same scene is a loss; a second box that is no object is an added false positive."""
     session = _scene(tmp_path)
@@ -254,11 +288,11 @@ def test_an_unwritable_folder_leaves_the_earlier_report(result, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ['report.html']
 
 
-def test_what_is_said_of_a_selection(result):
+def test_what_is_said_of_a_selection(result, selection):
     session = result.session
     matches = match_all(session.candidates, session.settings, session.truth)
     objects = Objects.of(session.truth)
-    text = selection_text(select(session.settings, matches, objects), result, CFG)
+    text = selection_text(selection, result, CFG)
     assert '5-fold over images' in text and "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead')" in text
     same = select(session.settings, [matches[0]] * len(matches), objects)
     assert 'no significant difference' in selection_text(same, result, CFG)
