@@ -13,6 +13,8 @@ has to be changed.
 import argparse
 import hashlib
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -36,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--sweep',
         nargs='+',
+        action='extend',
         default=[],
         metavar='GRID',
         help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES: '
@@ -98,6 +101,15 @@ class Display:
         self._rows: list[Any] = []
         self._drawn = 0.0
 
+    def __enter__(self) -> 'Display':
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+        if not self._console.is_terminal:  # rich leaves the last bar's line open there
+            self._console.print()
+
     def say(self, line: str) -> None:
         """Print a line above the bars."""
         self._console.print(line, highlight=False, soft_wrap=True)
@@ -129,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
     from mmdet_softnms.reevaluation.candidates import start_processes
-    from mmdet_softnms.reevaluation.engine import ReevaluationError, choose, only_run_in, reevaluate
+    from mmdet_softnms.reevaluation.engine import ReevaluationError, choose, only_run_in, plan_choice, reevaluate
     from mmdet_softnms.reevaluation.settings import DEFAULT_SWEEP
 
     if not Path(args.config).is_file():
@@ -149,8 +161,18 @@ def run(args: argparse.Namespace) -> None:
     start_processes(args.launcher)
     lock = only_run_in(work_dir) if is_main_process() else None
 
-    display = Display(sweep=bool(sweep), quiet=not is_main_process())
-    with display.live:
+    with Display(sweep=bool(sweep), quiet=not is_main_process()) as display:
+        plan = None
+        if args.select and is_main_process():  # before anything slow
+            plan = plan_choice(
+                cfg,
+                criterion=args.select,
+                num_folds=args.folds,
+                resamples=args.resamples,
+                tune_on=args.tune_on,
+                check_images=not args.store,
+                say=display.say,
+            )
         result = reevaluate(
             cfg,
             args.checkpoint,
@@ -169,16 +191,12 @@ def run(args: argparse.Namespace) -> None:
         if result is None:  # not the main process
             return
         selection = None
-        if args.select:
+        if plan is not None:
             selection = choose(
                 result,
-                cfg,
+                plan,
                 args.checkpoint,
                 work_dir,
-                criterion=args.select,
-                num_folds=args.folds,
-                resamples=args.resamples,
-                tune_on=args.tune_on,
                 processes=args.processes,
                 trust_checkpoint=args.trust_checkpoint,
                 progress=display.progress,
@@ -209,15 +227,20 @@ def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_
         content['selection'] = selection.to_dict()
         chosen = selection_text(selection, result, cfg)
     write_json(work_dir / 'reevaluation.json', content)
-    forget_partial(work_dir)
-    command = 'python tools/reevaluate.py ' + ' '.join(sys.argv[1:])
-    title = Path(args.config).stem
-    pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
     out = Console()
     Console(width=max(out.width, 200)).print(to_table(result, selection))
     if chosen:
         print(chosen)
+    command = shlex.join(['python', 'tools/reevaluate.py', *sys.argv[1:]])
+    title = Path(args.config).stem
+    pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
+    forget_partial(work_dir)
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
+
+
+def _terminated(number: int, frame: object) -> None:
+    """What a scheduler sends before it kills: an exception, so that processes and temporary files are cleared away."""
+    sys.exit('terminated: earlier results are intact; run again, and finished shards and rows are taken up')
 
 
 def main() -> None:
@@ -230,6 +253,7 @@ def main() -> None:
     from mmdet_softnms.reevaluation.store import ReevaluationError
 
     args = parse_args()
+    signal.signal(signal.SIGTERM, _terminated)
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
         run(args)

@@ -84,9 +84,10 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
         if args.data_root:
             root, old = f'{args.data_root.rstrip("/")}/', cfg.test_dataloader.dataset.data_root
             cfg.test_dataloader.dataset.data_root = root
-            evaluator = cfg.test_evaluator
-            if str(evaluator.get('ann_file', '')).startswith(old):
-                evaluator.ann_file = root + evaluator.ann_file.removeprefix(old)
+            evaluators = cfg.test_evaluator
+            for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+                if str(evaluator.get('ann_file', '')).startswith(old):
+                    evaluator.ann_file = root + evaluator.ann_file.removeprefix(old)
         cfg.merge_from_dict(args.cfg_options)
     except Exception as error:  # a config is a program: whatever it raises is about the config
         raise ReevaluationError(f'config {model.config} cannot be used: {type(error).__name__}: {error}') from error
@@ -158,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from mmdet_softnms.reevaluation import reproduction
     from mmdet_softnms.reevaluation.candidates import ReevaluationError
     from mmdet_softnms.reevaluation.report import write_json
+    from mmdet_softnms.reevaluation.sweep import forget_partial
 
     index = Path(args.metafile) if args.metafile else PROJECT / 'model-index.yml'
     models = reproduction.load_models(index, PROJECT)
@@ -221,6 +223,7 @@ def run(args: argparse.Namespace) -> int:
         'versions': versions(),
     }
     write_json(work_dir / 'reproduction.json', content)
+    forget_partial(work_dir)  # the next run measures again
     if comparisons:
         Console(width=max(Console().width, 140)).print(to_table(model, comparisons))
     else:

@@ -154,8 +154,9 @@ install_torch() {
     # A path file rather than --system-site-packages: it also finds the torch of conda or of another environment.
     "$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' >"$VENV/torch.pth" &&
       mv "$VENV/torch.pth" "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &&
-      "$VENV/bin/python" -c 'import torch, numpy
-for package in torch, numpy: print(package.__name__ + "==" + package.__version__)' >"$VENV/constraints.txt" &&
+      "$VENV/bin/python" -c 'from importlib.metadata import version
+import torch, numpy # torch.__version__ says +cu130 also where the package index calls it otherwise
+for package in "torch", "numpy": print(package + "==" + version(package))' >"$VENV/constraints.txt" &&
       pip_install "${BUILD_TOOLS[@]}"
   else
     pip_install torch==2.13.0 numpy "${BUILD_TOOLS[@]}"

@@ -10,13 +10,16 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import os.path as osp
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import mmcv
 import mmdet
@@ -99,6 +102,11 @@ class CandidateCollector(BaseMetric):
                 scores=instances['scores'].detach().cpu().float(),
                 labels=instances['labels'].detach().cpu(),
             )
+            if not (candidates.bboxes.isfinite().all() and candidates.scores.isfinite().all()):
+                raise ReevaluationError(
+                    f'the network gives values that are not finite, first on image {sample["img_id"]}; it diverged in '
+                    'training, or ran out of the range of its floating type'
+                )
             height, width = sample['ori_shape'][:2]
             self._images.append(ImageCandidates(sample['img_id'], (int(height), int(width)), candidates))
             if len(self._images) == len(self._store.images_of(self._shards[0])):
@@ -169,37 +177,61 @@ def has_mask_head(cfg: Config) -> bool:
     return cfg.model.roi_head.get('mask_head') is not None
 
 
-def build_test_set(cfg: Config, check_images: bool = True) -> BaseDataset:
+def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') -> BaseDataset:
     """Build the dataset of ``cfg.test_dataloader`` and check that its annotations and, if wanted, images are there.
 
+    Args:
+        cfg: the user's config.
+        check_images: whether every image has to be on disk.
+        split: ``'val'``: that of ``cfg.val_dataloader`` instead.
+
     Raises:
-        ReevaluationError: no test set in the config; the annotation file or an image is missing; no image; image ids
-            that are not unique.
+        ReevaluationError: no such set in the config; the annotations or an image are missing or damaged; no image;
+            image ids that are not unique.
     """
-    if cfg.get('test_dataloader') is None:
-        raise ReevaluationError('the config has no test_dataloader, so there is nothing to evaluate on')
+    key = f'{split}_dataloader'
+    if cfg.get(key) is None:
+        raise ReevaluationError(f'the config has no {key}, so there is nothing to evaluate on')
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    dataset_cfg = cfg.test_dataloader.dataset
+    dataset_cfg = copy.deepcopy(cfg[key].dataset)
+    remedy = f'put the data there or correct {key}.dataset.data_root / ann_file (--cfg-options)'
     try:
         dataset = DATASETS.build(dataset_cfg)
         dataset.full_init()
     except FileNotFoundError as error:
+        raise ReevaluationError(f'the annotations of the {split} set cannot be read: {error}; {remedy}') from error
+    except Exception as error:  # whatever a data set raises while it reads its annotations is about them
         raise ReevaluationError(
-            f'the annotations of the test set cannot be read: {error}; put the data there or correct '
-            'test_dataloader.dataset.data_root / ann_file (--cfg-options)'
+            f'the {split} set ({dataset_cfg.get("type")}, annotations {_annotations(dataset_cfg)}) cannot be built: '
+            f'{type(error).__name__}: {error}; {remedy}'
         ) from error
     if len(dataset) == 0:
-        raise ReevaluationError(f'the test set {dataset_cfg.get("ann_file")} holds no image')
+        raise ReevaluationError(f'the {split} set {dataset_cfg.get("ann_file")} holds no image')
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if len({info['img_id'] for info in infos}) < len(infos):
-        raise ReevaluationError('image ids of the test set are not unique; evaluate its parts one by one')
+        raise ReevaluationError(f'image ids of the {split} set are not unique; evaluate its parts one by one')
     paths = [info['img_path'] for info in infos if '://' not in info['img_path']]
     if check_images and (missing := [path for path in paths if not osp.isfile(path)]):
         raise ReevaluationError(
-            f'{len(missing)} of {len(paths)} test images are missing, first {missing[0]}; put them there or correct '
-            'test_dataloader.dataset.data_root / data_prefix (--cfg-options)'
+            f'{len(missing)} of {len(paths)} {split} images are missing, first {missing[0]}; put them there or correct '
+            f'{key}.dataset.data_root / data_prefix (--cfg-options)'
         )
     return dataset
+
+
+def _annotations(dataset_cfg: ConfigDict) -> str:
+    """Where they are: of VOC the first XML file that cannot be parsed, of anything else the annotation file."""
+    root, ann_file = dataset_cfg.get('data_root') or '', str(dataset_cfg.get('ann_file', ''))
+    path = ann_file if osp.isabs(ann_file) else osp.join(root, ann_file)
+    if osp.splitext(path)[1] == '.txt' and osp.isfile(path):
+        images = osp.join(root, dataset_cfg.get('data_prefix', {}).get('sub_data_root', ''))
+        for name in Path(path).read_text().split():
+            xml = osp.join(images, dataset_cfg.get('ann_subdir', 'Annotations'), f'{name}.xml')
+            try:
+                ElementTree.parse(xml)
+            except (OSError, ElementTree.ParseError):
+                return xml
+    return path
 
 
 @dataclass
@@ -274,26 +306,22 @@ def collect(
 def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score_floor: float) -> dict[str, Any]:
     """What candidates depend on, as ``store.json`` holds it.
 
-    ``config``, ``checkpoint``, ``dataset`` and ``score_floor`` say which candidates they are: SHA-256 of model, test
-    pipeline, hooks and loop (paths left out); of the checkpoint file; of classes, image ids, file names and file sizes.
-    ``execution`` says what moves their last bits: the same network differs by 8e-8 between 1 and 2 threads.
+    ``config``, ``checkpoint``, ``dataset``, ``images`` and ``score_floor`` say which candidates they are: SHA-256 of
+    model, test pipeline, hooks and loop (paths left out); of the checkpoint file; of classes, image ids and file names;
+    of the content of all images (None where one is not on this machine's disk). ``execution`` says what moves their
+    last bits: the same network differs by 8e-8 between 1 and 2 threads.
     """
     plugged = plug(cfg, 0.0)
     parts = ('model', 'custom_hooks', 'custom_imports', 'test_cfg')
     described = {part: plugged.get(part) for part in parts} | {'dataset': plugged.test_dataloader.dataset}
-    classes = dataset.metainfo.get('classes', ())
-    files = []
-    for info in (dataset.get_data_info(number) for number in range(len(dataset))):
-        path = info['img_path']
-        files.append([info['img_id'], osp.basename(path), osp.getsize(path) if osp.isfile(path) else None])
-    with open(checkpoint, 'rb') as file:
-        weights = hashlib.sha256()
-        while block := file.read(1 << 22):
-            weights.update(block)
+    infos = [dataset.get_data_info(number) for number in range(len(dataset))]
+    names = [[info['img_id'], osp.basename(info['img_path'])] for info in infos]
+    content = content_of([info['img_path'] for info in infos])
     return dict(
         config=_hash(_without_paths(Config(described).to_dict())),
-        checkpoint=weights.hexdigest(),
-        dataset=_hash([list(classes), files]),
+        checkpoint=_sha256(str(checkpoint)),
+        dataset=_hash([list(dataset.metainfo.get('classes', ())), names]),
+        images=None if None in content else _hash(content),
         score_floor=score_floor,
         execution=dict(
             batch_size=cfg.test_dataloader.get('batch_size', 1),
@@ -307,13 +335,27 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
     )
 
 
+def content_of(paths: Sequence[str]) -> list[str | None]:
+    """The SHA-256 of each file; None for what is not on this machine's disk. On all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda path: _sha256(path) if osp.isfile(path) else None, paths))
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _find_or_create(
     folder: Path, wanted: dict[str, Any], num_images: int, shard_size: int
 ) -> tuple[CandidateStore, list[int], list[str]]:
     """The store to use, its unfinished shards, and what there is to say."""
     own = folder / _hash(wanted)[:12]
     others = [store for store in find_stores(folder) if store.folder != own]
-    fitting = [store for store in others if not _differences(store.fingerprint, wanted)]
+    fitting = [store for store in others if not differences(store.fingerprint, wanted)]
     mine = _check(own, wanted)
     if mine is None or mine.check():
         for store in fitting:
@@ -324,7 +366,7 @@ def _find_or_create(
                 return store, [], [line]
     said = []
     if not own.is_dir() and (strangers := [store for store in others if store not in fitting]):
-        reason = _differences(strangers[-1].fingerprint, wanted)
+        reason = differences(strangers[-1].fingerprint, wanted)
         said.append(f'{len(strangers)} stored candidates in {folder} are of another {reason}: not used')
     if own.is_dir() and mine is None:
         said.append(f'{own / "store.json"} is damaged: written anew')
@@ -361,9 +403,14 @@ def _execution(have: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ', '.join(made)
 
 
-def _differences(have: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What makes stored candidates others than those wanted; empty where nothing does."""
-    names = [key for key in ('config', 'checkpoint', 'dataset') if have[key] != wanted[key]]
+def differences(have: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What makes stored candidates others than those wanted, in words; empty where nothing does.
+
+    Images that are not there cannot tell: they are compared where both fingerprints know them.
+    """
+    names = [key for key in ('config', 'checkpoint', 'dataset') if have.get(key) != wanted[key]]
+    if have.get('images') != wanted['images'] and None not in (have.get('images'), wanted['images']):
+        names.append('content of the images')
     names += ['score floor'] if have['score_floor'] > wanted['score_floor'] else []
     return ' and '.join(names)
 
@@ -397,7 +444,8 @@ def _forward(
     place = dict(folder=str(store.folder), shards=shards)
     plugged.test_evaluator = dict(type='mmdet_softnms.CandidateCollector', **place)
     plugged.test_dataloader.sampler = dict(type='mmdet_softnms.ShardSampler', **place)
-    plugged.test_dataloader.pop('batch_sampler', None)
+    for key in ('batch_sampler', 'drop_last'):
+        plugged.test_dataloader.pop(key, None)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg'):
         plugged.pop(key, None)
     plugged.pop('val_evaluator', None)
@@ -413,7 +461,10 @@ def _forward(
         plugged.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
     with tempfile.TemporaryDirectory() as temporary:
         plugged.work_dir = str(work_dir or temporary)
-        runner = Runner.from_cfg(plugged)
+        try:
+            runner = Runner.from_cfg(plugged)
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         _check_classes(model, cfg, runner)
         # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.
@@ -421,7 +472,29 @@ def _forward(
         if trust_checkpoint:
             allow_unsafe_loading()
         runner.register_hook(_ProgressHook(progress))
-        runner.test()
+        try:
+            runner.test()
+        except ReevaluationError:
+            raise
+        except Exception as error:
+            dataset = runner.test_loop.dataloader.dataset
+            numbers = [number for shard in shards for number in store.images_of(shard)]
+            if path := _first_unreadable(dataset.get_data_info(number)['img_path'] for number in numbers):
+                raise ReevaluationError(
+                    f'image {path} cannot be read; replace it, or take it out of the set'
+                ) from error
+            raise
+
+
+def _first_unreadable(paths: Iterable[str]) -> str | None:
+    """The first image on disk that is none; looked for after a failure only."""
+    for path in paths:
+        try:
+            if osp.isfile(path) and mmcv.imread(path) is None:
+                return path
+        except Exception:  # OpenCV raises errors of its own for an empty file
+            return path
+    return None
 
 
 def start_processes(launcher: str) -> None:

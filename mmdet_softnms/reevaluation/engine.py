@@ -8,17 +8,30 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import mmdet
 from filelock import FileLock, Timeout
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.dist import get_dist_info, is_distributed
 
-from mmdet_softnms.reevaluation.candidates import build_test_set, collect, has_mask_head, plug, start_processes
+import mmdet_softnms
+from mmdet_softnms.reevaluation.candidates import (
+    build_test_set,
+    collect,
+    content_of,
+    differences,
+    fingerprint,
+    has_mask_head,
+    plug,
+    start_processes,
+)
 from mmdet_softnms.reevaluation.metrics import GroundTruth, read_ground_truth
-from mmdet_softnms.reevaluation.selection import Objects, Selection, select
+from mmdet_softnms.reevaluation.selection import Objects, Selection, check_choice, select
 from mmdet_softnms.reevaluation.settings import Setting, default_settings, sweep_settings
 from mmdet_softnms.reevaluation.store import Candidates, CandidateStore, ReevaluationError
 from mmdet_softnms.reevaluation.sweep import Row, evaluate_all, match_all
@@ -131,10 +144,10 @@ def reevaluate(
             )
             used, forward_images, forward_seconds = collected.store, collected.forward_images, collected.forward_seconds
         else:
-            used = _given_store(Path(store), img_ids, floor)
+            used = _given_store(Path(store), fingerprint(cfg, checkpoint, dataset, floor), len(img_ids))
         candidates = used.load()
         if candidates.img_ids != img_ids:
-            raise ReevaluationError(f'the images of {used.folder} are not those of the test set; delete it')
+            raise ReevaluationError(f'the images of {used.folder} are not those of the test set in their order')
         rows = evaluate_all(
             candidates,
             settings,
@@ -147,6 +160,8 @@ def reevaluate(
     if get_dist_info()[0] != 0:
         return None
     infos = (dataset.get_data_info(number) for number in range(len(dataset)))
+    if not candidates.num_candidates:
+        truth.notes.append(no_candidates(str(used.folder)))
     return Reevaluation(
         dataset=f'{type(dataset).__name__} {getattr(dataset, "ann_file", "")}'.strip(),
         num_images=len(candidates),
@@ -180,41 +195,130 @@ def only_run_in(work_dir: Path) -> FileLock:
     return lock
 
 
-def _given_store(folder: Path, img_ids: list[Any], floor: float) -> CandidateStore:
+def _given_store(folder: Path, wanted: dict[str, Any], num_images: int) -> CandidateStore:
     store = CandidateStore.open(folder)
+    another = 'give another store, or leave --store out'
     if problems := store.check():
         shard, problem = next(iter(problems.items()))
         raise ReevaluationError(
             f'{folder}: {len(problems)} of {store.num_shards} shards cannot be used ({store.path_of(shard).name} '
-            f'{problem}); leave --store out to have them computed in the work directory'
+            f'{problem}); {another}'
         )
-    if store.num_images != len(img_ids):
-        raise ReevaluationError(f'{folder} holds {store.num_images} images but the test set {len(img_ids)}')
-    if store.fingerprint['score_floor'] > floor:
+    if store.num_images != num_images:
+        raise ReevaluationError(f'{folder} holds {store.num_images} images but the test set {num_images}; {another}')
+    if store.fingerprint['score_floor'] > wanted['score_floor']:
         raise ReevaluationError(
-            f'{folder} holds candidates above {store.fingerprint["score_floor"]:g} only, and a score_thr of {floor:g} '
-            'is asked for; raise it, or leave --store out'
+            f'{folder} holds candidates above {store.fingerprint["score_floor"]:g} only, and a score_thr of '
+            f'{wanted["score_floor"]:g} is asked for; raise it, or leave --store out'
         )
+    if reason := differences(store.fingerprint, wanted):
+        raise ReevaluationError(f'{folder} was made with another {reason} than what is given; {another}')
     return store
 
 
 def _identity(store: CandidateStore, truth: GroundTruth) -> str:
-    from mmdet_softnms import __version__
-
-    content = json.dumps([__version__, store.fingerprint, truth.classes, truth.coco, truth.voc is None], default=repr)
+    """What finished rows depend on: candidates, objects, the code of this package, and what it computes with."""
+    package = Path(mmdet_softnms.__file__).parent
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(package.rglob('*.py'))]
+    libraries = [metadata.version(name) for name in ('numpy', 'numba', 'faster-coco-eval', 'torch')]
+    content = json.dumps(
+        [code, libraries, mmdet.__version__, store.fingerprint, truth.classes, truth.coco, truth.voc is None],
+        default=repr,
+    )
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def choose(
-    result: Reevaluation,
+@dataclass(frozen=True)
+class Plan:
+    """How to choose among the rows of a re-evaluation, checked before anything slow.
+
+    Attributes:
+        criterion, num_folds, resamples: see :func:`mmdet_softnms.reevaluation.selection.select`.
+        val_set: the tuning split; None: fold by fold over the test set.
+        val_cfg: a config whose test set it is.
+    """
+
+    criterion: str
+    num_folds: int
+    resamples: int
+    val_set: BaseDataset | None = None
+    val_cfg: Config | None = None
+
+
+def plan_choice(
     cfg: Config,
-    checkpoint: str | Path,
-    work_dir: str | Path,
     *,
     criterion: str = 'AP',
     num_folds: int = 5,
     resamples: int = 1000,
     tune_on: str = 'auto',
+    check_images: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Check what :func:`choose` is to do, and find the images to tune on.
+
+    Args:
+        cfg: as of :func:`reevaluate`.
+        criterion, num_folds, resamples: see :func:`mmdet_softnms.reevaluation.selection.select`.
+        tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold
+            over the test set; 'auto': 'val' where it can be read and shares no image with the test set, else 'folds'.
+        check_images: of the test set; False where its candidates come from elsewhere.
+        say: called with one line where 'auto' cannot use the ``val_dataloader``.
+
+    Raises:
+        ReevaluationError: too few images or resamples, an unknown criterion; 'val' is not there, is damaged, or shares
+            images with the test set.
+    """
+    dataset = build_test_set(cfg, check_images)
+    folds = Plan(criterion, num_folds, resamples)
+    split = None if tune_on == 'folds' else _tuning_split(cfg, dataset, required=tune_on == 'val', say=say)
+    check_choice(criterion, resamples, num_folds if split is None else None, len(dataset))
+    return folds if split is None else replace(folds, val_set=split[0], val_cfg=split[1])
+
+
+def _tuning_split(
+    cfg: Config, dataset: BaseDataset, required: bool, say: Callable[[str], None]
+) -> tuple[BaseDataset, Config] | None:
+    """The ``val_dataloader``'s data set, with a config whose test set it is; None where it cannot serve."""
+    if not required and (cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None):
+        return None
+    try:
+        val_set = build_test_set(cfg, split='val')
+    except ReevaluationError as error:
+        if required:
+            raise
+        say(f'not tuned on val_dataloader, but by folds over the test set: {error}')
+        return None
+    common = len(set(_images(dataset)) & set(_images(val_set)))
+    if common:
+        if required:
+            raise ReevaluationError(
+                f'{common} of {len(val_set)} images of val_dataloader are test images too, and tuning on what is '
+                'reported flatters; use --tune-on folds, or name another split (--cfg-options)'
+            )
+        return None
+    if is_distributed():
+        raise ReevaluationError(
+            'a tuning split needs a second forward pass, and the other processes will be done; run --select without '
+            'the launcher (candidates of the test set that are stored are found), or give --tune-on folds'
+        )
+    val_cfg = copy.deepcopy(cfg)
+    val_cfg.test_dataloader, val_cfg.test_evaluator = cfg.val_dataloader, cfg.get('val_evaluator')
+    return val_set, val_cfg
+
+
+def _images(dataset: BaseDataset) -> list[str]:
+    """What tells an image from others: its content, or its place where it is not on this machine's disk."""
+    paths = [dataset.get_data_info(number)['img_path'] for number in range(len(dataset))]
+    return [content or path for content, path in zip(content_of(paths), paths, strict=True)]
+
+
+def choose(
+    result: Reevaluation,
+    plan: Plan,
+    checkpoint: str | Path,
+    work_dir: str | Path,
+    *,
     processes: int | None = None,
     trust_checkpoint: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -223,53 +327,30 @@ def choose(
     """Choose among the rows of a re-evaluation, honestly (:mod:`mmdet_softnms.reevaluation.selection`).
 
     Args:
-        result: of :func:`reevaluate` with the same config, checkpoint and work directory.
-        cfg, checkpoint, work_dir, processes, trust_checkpoint, progress, say: as there.
-        criterion, num_folds, resamples: see :func:`mmdet_softnms.reevaluation.selection.select`.
-        tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold
-            over the test set; 'auto': 'val' where it shares no image with the test set, else 'folds'.
+        result: of :func:`reevaluate`.
+        plan: of :func:`plan_choice` with the same config.
+        checkpoint, work_dir, processes, trust_checkpoint, progress, say: as of :func:`reevaluate`.
 
     Raises:
-        ReevaluationError: too few images or resamples; 'val' shares images with the test set.
+        ReevaluationError: there is no candidate to choose by.
     """
     session = result.session
-    val_set = None
-    if tune_on != 'folds':
-        val_cfg = copy.deepcopy(cfg)
-        val_cfg.test_dataloader, val_cfg.test_evaluator = cfg.get('val_dataloader'), cfg.get('val_evaluator')
-        if val_cfg.test_dataloader is not None:
-            val_set = build_test_set(val_cfg)
-            names = {Path(path).name for path in session.image_paths}
-            common = sum(
-                Path(val_set.get_data_info(number)['img_path']).name in names for number in range(len(val_set))
-            )
-            if common and tune_on == 'val':
-                raise ReevaluationError(
-                    f'{common} of {len(val_set)} images of val_dataloader are test images too, and tuning on what is '
-                    'reported flatters; use --tune-on folds, or name another split (--cfg-options)'
-                )
-            val_set = None if common else val_set
-            if val_set is not None and is_distributed():
-                raise ReevaluationError(
-                    'a tuning split needs a second forward pass, and the other processes are done; run --select again '
-                    'without the launcher (the candidates of the test set are found), or give --tune-on folds'
-                )
-        elif tune_on == 'val':
-            raise ReevaluationError('the config has no val_dataloader to tune on; use --tune-on folds')
+    if not result.num_candidates:
+        raise ReevaluationError(f'nothing can be chosen: {no_candidates(result.store)}')
     threads = processes or os.cpu_count() or 1
     matches = match_all(
         session.candidates, session.settings, session.truth, processes=processes,
         progress=functools.partial(progress, 'matching'),
     )  # fmt: skip
     tuning = None
-    if val_set is not None:
-        truth = read_ground_truth(val_cfg, val_set)
+    if plan.val_set is not None and plan.val_cfg is not None:
+        truth = read_ground_truth(plan.val_cfg, plan.val_set)
         collected = collect(
-            val_cfg,
+            plan.val_cfg,
             checkpoint,
             min(setting.score_thr for setting in session.settings),
             Path(work_dir) / 'candidates',
-            dataset=val_set,
+            dataset=plan.val_set,
             trust_checkpoint=trust_checkpoint,
             progress=functools.partial(progress, 'forward pass on the tuning split, batches'),
             say=say,
@@ -281,16 +362,24 @@ def choose(
         matches,
         Objects.of(session.truth),
         tuning=tuning,
-        criterion=criterion,
-        num_folds=num_folds,
-        resamples=resamples,
+        criterion=plan.criterion,
+        num_folds=plan.num_folds,
+        resamples=plan.resamples,
         threads=threads,
         progress=functools.partial(progress, 'bootstrap'),
     )
     for difference, row in zip(selection.settings, result.rows, strict=True):
-        if abs(difference.value - row.metrics[criterion]) > 1e-9:
+        if abs(difference.value - row.metrics[plan.criterion]) > 1e-9:
             raise RuntimeError(
-                f'{row.params}: {criterion} is {row.metrics[criterion]} by faster-coco-eval, but {difference.value} by '
-                'the matching of the bootstrap; please report this'
+                f'{row.params}: {plan.criterion} is {row.metrics[plan.criterion]} by faster-coco-eval, but '
+                f'{difference.value} by the matching of the bootstrap; please report this'
             )
     return selection
+
+
+def no_candidates(store: str) -> str:
+    """What to say where the network found nothing at all."""
+    return (
+        f'{store} holds not one candidate above the smallest score_thr; is this the checkpoint of this config, and did '
+        'its training diverge?'
+    )

@@ -174,12 +174,13 @@ def _from_coco_json(classes: tuple[str, ...], infos: list[dict[str, Any]], path:
             )
         )
     coco = dict(images=[dict(id=image_id) for image_id in image_ids], annotations=kept, categories=known)
-    truth = GroundTruth(classes, coco, image_ids, [category['id'] for category in known])
+    names = tuple(category['name'] for category in known)  # by label: the file's order, whatever the config's
+    truth = GroundTruth(names, coco, image_ids, [category['id'] for category in known])
     if unknown:
-        names = [category['name'] for category in categories if category['id'] not in known_ids]
+        strangers = [category['name'] for category in categories if category['id'] not in known_ids]
         truth.notes.append(
-            f'{unknown} annotated objects are of classes the model does not know ({", ".join(map(str, names[:5]))}'
-            f'{", ..." if len(names) > 5 else ""}) and are left out, as mmdet does.'
+            f'{unknown} annotated objects are of classes the model does not know ({", ".join(map(str, strangers[:5]))}'
+            f'{", ..." if len(strangers) > 5 else ""}) and are left out, as mmdet does.'
         )
     return truth
 

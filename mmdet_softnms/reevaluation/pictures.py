@@ -179,7 +179,7 @@ def _best_boxes(matched: np.ndarray, annotations: Sequence[dict[str, Any]]) -> d
     Crowds are no objects.
     """
     at_half = {int(number) for number in matched[:, 0]}
-    best = {}
+    best: dict[int, tuple[int, int]] = {}
     for row, threshold in np.argwhere(matched >= 0):
         number = int(matched[row, threshold])
         if number in at_half and not annotations[number]['iscrowd'] and threshold >= best.get(number, (-1, -1))[0]:
@@ -206,8 +206,9 @@ def _draw(picture: np.ndarray, result: InstanceData, kinds: list[tuple[int, str,
         colour, width = COLOURS[kind], 1 if kind == 'false' else 3
         visualizer.draw_bboxes(box[None], edge_colors=[colour], line_widths=width, alpha=1.0)
         if kind != 'false':
+            name = classes[int(result.labels[row])].replace('$', r'\$')  # a pair would be mathematics to matplotlib
             visualizer.draw_texts(
-                f'{classes[int(result.labels[row])]} {float(result.scores[row]):.2f}{remark}',
+                f'{name} {float(result.scores[row]):.2f}{remark}',
                 box[:2] + 2,
                 font_sizes=13,
                 colors=[colour],

@@ -50,12 +50,19 @@ def notes(result: Reevaluation) -> list[str]:
     lines = [
         f'{result.num_images} images, {result.num_candidates} candidates ({origin}). In %, with the difference to hard '
         'NMS at IoU 0.5 with the same score_thr and max_per_img.',
-        'The last row is the setting of the config.',
+        _about_own_row(result.rows),
         *result.notes,
     ]
     if result.masks_left_out:
         lines.append('Masks are left out: boxes are suppressed and evaluated in original image scale.')
     return lines
+
+
+def _about_own_row(rows: Sequence[Row]) -> str:
+    own, first = rows[-1], baseline_of(rows[-1], rows)
+    if first is None or _group(first) == _group(own):
+        return 'The last row is the setting of the config.'
+    return 'The last row is the setting of the config, with thresholds of its own; its difference is to the first row.'
 
 
 def rows_table(
@@ -98,11 +105,12 @@ def _intervals(rows: Sequence[Row], selection: Selection | None) -> tuple[list[s
 
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row that differences refer to: hard NMS of the same thresholds; for the config's own row, the first."""
-    for one in rows:
-        if is_baseline(one) and (row.source == 'config' or _group(one) == _group(row)):
+    """The row that differences refer to: hard NMS of the same thresholds; for a config's row without one, the first."""
+    baselines = [one for one in rows if is_baseline(one)]
+    for one in baselines:
+        if _group(one) == _group(row):
             return one
-    return None
+    return baselines[0] if row.source == 'config' and baselines else None
 
 
 def is_baseline(row: Row) -> bool:
@@ -120,14 +128,18 @@ def _group(row: Row) -> tuple[float, int]:
 
 
 def best_row(rows: Sequence[Row]) -> Row:
-    """The row of the table, baselines aside, with the largest gain in AP over its baseline."""
+    """The row of the table, baselines aside, with the highest AP."""
     others = [row for row in rows if row.source == 'table' and not is_baseline(row)]
+    return max(others, key=lambda row: row.metrics['AP']) if others else rows[0]
 
-    def gain(row: Row) -> float:
-        baseline = baseline_of(row, rows)
-        return row.metrics['AP'] - (baseline.metrics['AP'] if baseline else 0.0)
 
-    return max(others, key=gain) if others else rows[0]
+def full_label(row: Row, rows: Sequence[Row]) -> str:
+    """:func:`row_label`, with ``score_thr`` and ``max_per_img`` where the table has several of them."""
+    words = [row_label(row)]
+    for name in ('score_thr', 'max_per_img'):
+        if len({one.params[name] for one in rows if one.source == 'table'}) > 1:
+            words.append(f'{name}={row.params[name]:g}')
+    return ' '.join(words)
 
 
 def row_label(row: Row) -> str:
@@ -152,10 +164,10 @@ def _cell(row: Row, baseline: Row | None, column: str) -> str:
 def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> str:
     """What ``--select`` says: what tuning is worth, how much the best row flatters, and the config to paste."""
     worth, rows = selection.procedure, result.rows
-    label = [row_label(row) for row in rows]
+    label = [full_label(row, rows) for row in rows]
     best = max(
         (number for number, row in enumerate(rows) if row.source == 'table'),
-        key=lambda number: selection.settings[number].value - selection.settings[number].baseline,
+        key=lambda number: selection.settings[number].value,
     )
     naive = selection.settings[best]
     lines = [
@@ -223,7 +235,8 @@ def write_report(
         OSError: no permission or no space; earlier files are intact.
     """
     rows = result.rows
-    best, columns = best_row(rows), [column for column in ALL_COLUMNS if column in rows[0].metrics]
+    best = best_row(rows) if selection is None or is_baseline(rows[selection.chosen]) else rows[selection.chosen]
+    columns = [column for column in ALL_COLUMNS if column in rows[0].metrics]
     baseline = baseline_of(best, rows) or rows[0]
     pictures: list[Picture] = []
     remark = ''
@@ -248,8 +261,8 @@ def write_report(
         sensitivity=[_data_url(figure) for figure in sensitivity_figures(rows)],
         curves=_data_url(precision_recall_figure(baseline, best)) if best is not baseline else '',
         bars=_data_url(class_gain_figure(baseline, best)) if best is not baseline else '',
-        baseline=row_label(baseline),
-        best=row_label(best),
+        baseline=full_label(baseline, rows),
+        best=full_label(best, rows),
         pictures=pictures,
         picture_remark=remark,
         picture_score_thr=PICTURE_SCORE_THR,
@@ -352,9 +365,16 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
     if baseline is not None:
         absolute.axhline(100 * baseline.metrics['AP'], color='black', ls='--', lw=1, label='AP of hard NMS, IoU 0.5')
         gains.axhline(0, color='black', ls='--', lw=1)
-    figure.suptitle(' '.join(word for word in (rule, method, 'over', symbol) if word))
+    figure.suptitle(' '.join(word for word in (rule, method, 'over', symbol, _at(name, points[0][1], rows)) if word))
     figure.legend(*absolute.get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
     return figure
+
+
+def _at(swept: str, row: Row, rows: Sequence[Row]) -> str:
+    """The thresholds of a curve, where the table has several and they are not what is swept."""
+    names = [name for name in ('score_thr', 'max_per_img') if name != swept]
+    several = [name for name in names if len({one.params[name] for one in rows if one.source == 'table'}) > 1]
+    return f'at {", ".join(f"{name} {row.params[name]:g}" for name in several)}' if several else ''
 
 
 def precision_recall_figure(baseline: Row, best: Row) -> Figure:

@@ -240,8 +240,8 @@ def check_data(cfg: Config, split: Split) -> str:
     for what, found, expected in (('images', len(dataset), split.images), ('objects', objects, split.objects)):
         if expected is not None and found != expected:
             return f'the test set has {found} {what}, {split.name} has {expected}'
-    evaluator = cfg.test_evaluator if isinstance(cfg.test_evaluator, dict) else {}
-    for path in (dataset.ann_file, evaluator.get('ann_file')):
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    for path in (dataset.ann_file, *(evaluator.get('ann_file') for evaluator in evaluators)):
         if path and split.annotation_sha256 and Path(path).is_file() and sha256(path) != split.annotation_sha256:
             return f'{path} is not the annotation file of {split.name}: its SHA-256 differs'
     return ''

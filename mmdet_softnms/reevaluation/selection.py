@@ -107,7 +107,7 @@ def match_image(result: InstanceData, image: int, objects: Objects) -> np.ndarra
     return annotations
 
 
-def _flat(results: Sequence[InstanceData], images: np.ndarray) -> tuple[np.ndarray, ...]:
+def _flat(results: Sequence[InstanceData], images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(D,) position of the image in the data set, (D,) score, (D,) label and (D, 4) box, x1, y1, width, height."""
     boxes = np.concatenate([result.bboxes.numpy() for result in results]).astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
@@ -388,12 +388,7 @@ def select(
     """
     counts = objects.counts
     num_images = len(counts)
-    if criterion not in CRITERIA:
-        raise ReevaluationError(f'--select takes {", ".join(CRITERIA)}, got {criterion}')
-    if resamples < 1000:
-        raise ReevaluationError(f'a bootstrap of {resamples} resamples says little; give at least 1000')
-    if tuning is None and not 2 <= num_folds <= num_images:
-        raise ReevaluationError(f'{num_folds} folds of {num_images} images are not possible; give 2 to {num_images}')
+    check_choice(criterion, resamples, num_folds if tuning is None else None, num_images)
     random = np.random.default_rng(seed)
     folds = random.permutation(num_images) % num_folds
     weights = bootstrap_weights(num_images, resamples, seed + 1)
@@ -437,6 +432,18 @@ def select(
     )
 
 
+def check_choice(criterion: str, resamples: int, num_folds: int | None, num_images: int) -> None:
+    """Raise a ReevaluationError for what :func:`select` cannot do; ``num_folds`` None: there is a tuning split."""
+    if criterion not in CRITERIA:
+        raise ReevaluationError(f'--select takes {", ".join(CRITERIA)}, got {criterion}')
+    if resamples < 1000:
+        raise ReevaluationError(f'a bootstrap of {resamples} resamples says little; give at least 1000')
+    if num_folds is not None and num_images < 2:
+        raise ReevaluationError('a single image cannot be divided into folds: nothing to choose on and report on')
+    if num_folds is not None and not 2 <= num_folds <= num_images:
+        raise ReevaluationError(f'{num_folds} folds of {num_images} images are not possible; give 2 to {num_images}')
+
+
 def _pooled_ap(
     matches: Sequence[Matches],
     best: np.ndarray,
@@ -475,10 +482,13 @@ def _in_threads(
 
 
 def _baseline_of(setting: Setting, settings: Sequence[Setting]) -> int:
-    """Position of a setting's baseline; the config's own row is compared with the first, as in the table."""
-    for number, one in enumerate(settings):
-        if one.is_baseline and (one.group == setting.group or setting.source == 'config'):
+    """Position of a setting's baseline: that of its group, or for the config's own row the first where it has none."""
+    baselines = [number for number, one in enumerate(settings) if one.is_baseline]
+    for number in baselines:
+        if settings[number].group == setting.group:
             return number
+    if setting.source == 'config' and baselines:
+        return baselines[0]
     raise ReevaluationError(f'there is no hard NMS at IoU 0.5 with score_thr, max_per_img of {setting.group}')
 
 

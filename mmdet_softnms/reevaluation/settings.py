@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.fileio import load
 
@@ -21,6 +22,8 @@ from mmdet_softnms.reevaluation.store import ReevaluationError
 from mmdet_softnms.registry import TASK_UTILS
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
 
+_PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
+_RANGED = ('iou_threshold', 'sigma', 'min_score')
 _AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
 
 
@@ -72,11 +75,11 @@ class Setting:
 
 def check_thresholds(score_thr: float, max_per_img: int) -> None:
     """Raise a ReevaluationError for thresholds out of range."""
-    if isinstance(score_thr, str) or not 0 <= score_thr < 1:
-        raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr}')
-    if not isinstance(max_per_img, int) or (max_per_img < 1 and max_per_img != -1):
+    if isinstance(score_thr, bool) or not isinstance(score_thr, (int, float)) or not 0 <= score_thr < 1:
+        raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr!r}')
+    if isinstance(max_per_img, bool) or not isinstance(max_per_img, int) or (max_per_img < 1 and max_per_img != -1):
         raise ReevaluationError(
-            f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img}'
+            f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img!r}'
         )
 
 
@@ -163,18 +166,24 @@ def _read_specs(specs: Sequence[str]) -> tuple[list[tuple[str, dict[str, list[An
         if not equals and Path(spec).suffix in ('.yml', '.yaml'):
             found, thresholds = _read_file(Path(spec))
             listed += found
-            around |= thresholds
+            for threshold, several in thresholds.items():
+                _add(around, threshold, several)
         elif name in _AROUND:
-            around[name] = _values(values, spec)
+            _add(around, name, _values(values, spec))
         elif equals and '.' in name:
             rule, _, parameter = name.rpartition('.')
-            grids.setdefault(rule, {})[parameter] = _values(values, spec)
+            _add(grids.setdefault(rule, {}), parameter, _values(values, spec))
         else:
             raise ReevaluationError(
                 f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
                 f'{", ".join(f"{one}=VALUES" for one in _AROUND)}, or the path of a YAML file'
             )
     return [*listed, *grids.items()], around
+
+
+def _add(grid: dict[str, list[Any]], name: str, values: list[Any]) -> None:
+    """Values of a parameter, also of one that was named before."""
+    grid[name] = [*grid.get(name, []), *(value for value in values if value not in grid.get(name, []))]
 
 
 def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict[str, list[Any]]]:
@@ -186,10 +195,19 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
         raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(_AROUND)} and nothing else')
 
     def values(raw: Any) -> list[Any]:
-        return list(raw) if isinstance(raw, list) else _values(str(raw), f'{raw} in {path}')
+        if not isinstance(raw, list):
+            return _values(str(raw), f'{raw} in {path}')
+        if not raw or any(value is None or isinstance(value, (list, dict)) for value in raw):
+            raise ReevaluationError(f'{raw} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
+        return raw
 
     grids = []
-    for entry in content.get('rules') or []:
+    rules = content.get('rules') or []
+    if not isinstance(rules, list):
+        raise ReevaluationError(
+            f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules}'
+        )
+    for entry in rules:
         if not isinstance(entry, dict) or 'type' not in entry:
             raise ReevaluationError(f'{entry!r} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}')
         grids.append((str(entry['type']), {key: values(raw) for key, raw in entry.items() if key != 'type'}))
@@ -242,7 +260,10 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float) -> list[R
         arguments = dict(zip(grid, values, strict=True))
         try:
             rule = build_rule(dict(type=kind, **arguments))
-        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(rule, MmcvNMS):  # which takes any number
+                SoftNMS(**{name: value for name, value in rule.params.items() if name in _RANGED})
+            rule(_PROBE, _PROBE[:, 2] / 10, _PROBE.new_zeros(2, dtype=torch.int64), -1)  # mmdet's own check when called
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ReevaluationError(f'sweep over {name} with {arguments}: {error}') from error
         rules.setdefault(str(rule.params), rule)
     for parameter in swept:

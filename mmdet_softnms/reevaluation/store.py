@@ -147,7 +147,7 @@ class CandidateStore:
             if manifest['format'] != FORMAT:
                 raise ReevaluationError(f'{path} is of format {manifest["format"]!r}, not {FORMAT!r}; delete {folder}')
             return cls(folder, manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise ReevaluationError(
                 f'{folder} is not a store of candidates ({type(error).__name__}: {error}); give a folder that '
                 'tools/reevaluate.py made (DIR/candidates/...), or delete it'

@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import pickle
 import platform
+import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -221,7 +223,7 @@ def _run(
         except BrokenProcessPool as error:
             raise ReevaluationError(
                 'a process of the sweep died (out of memory?); finished rows are kept: run again, with --processes 1 '
-                'if memory is short'
+                "if memory is short. A script of your own that calls this needs if __name__ == '__main__':"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -232,9 +234,19 @@ _worker: list[_Scorer] = []  # of a worker process: its one scorer
 
 def _start_worker(folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and says so once
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     torch.set_num_threads(1)
     truth = pickle.loads((Path(folder) / 'truth.pickle').read_bytes())
     _worker[:] = [_Scorer(Candidates.shared(Path(folder)), truth)]
+
+
+def _end_with_parent(folder: str) -> None:
+    """A killed parent closes nothing: its workers would wait for it for ever, and what they share would stay."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _work(work: Callable[[_Scorer, Setting], Any], setting: Setting) -> Any:

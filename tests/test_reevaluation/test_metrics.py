@@ -127,6 +127,7 @@ def test_labels_follow_the_files_order_of_categories(project, tmp_path):
     """As in mmdet's CocoDataset, whatever order the model's classes have."""
     truth = read_ground_truth(*_with_annotations(project, tmp_path, lambda content: content['categories'].reverse()))
     assert truth.category_ids == [5, 4, 3, 2, 1]
+    assert truth.classes == ('eel', 'dog', 'cat', 'bee', 'ant')  # label 0 is what the file names first
 
 
 def test_voc_ground_truth_keeps_difficult_objects_apart(project):

@@ -1,6 +1,7 @@
 """The report: whole, self-contained, true to the rows, and right in a real browser."""
 
 import base64
+import dataclasses
 import html.parser
 import os
 import re
@@ -20,8 +21,12 @@ from mmdet_softnms.reevaluation.engine import Reevaluation, Session
 from mmdet_softnms.reevaluation.metrics import GroundTruth
 from mmdet_softnms.reevaluation.pictures import draw_pictures
 from mmdet_softnms.reevaluation.report import (
+    baseline_of,
     best_row,
+    full_label,
     markdown,
+    notes,
+    row_label,
     rows_table,
     selection_text,
     sensitivity_figures,
@@ -42,7 +47,7 @@ CFG = Config(
         )
     )
 )
-EVIL = '<script>alert("$x$")</script>'  # a class name
+EVIL = r'<script>alert("$\frac$")</script>'  # a class name; matplotlib would read mathematics, and fail
 
 
 def _picture(path: Path, size=(500, 500)) -> str:
@@ -131,8 +136,7 @@ def test_the_rows_of_the_page_are_the_rows(page, result, selection):
     rows = [re.findall(r'<td>(.*?)</td>', row) for row in body.split('<tr')[1:]]
     assert len(rows) == len(result.rows) == 2 * 7 + 1
     for cells, row, one in zip(rows, result.rows, selection.settings, strict=True):
-        # Differences refer to the hard NMS of the same score_thr; the config's own row to the first.
-        group = 0 if row.source == 'config' or row.params['score_thr'] == 0.001 else 7
+        group = 0 if row.params['score_thr'] == 0.001 else 7  # differences refer to the hard NMS of the same
         value, baseline = row.metrics['AP'], result.rows[group].metrics['AP']
         expected = f'{100 * value:.2f}'
         interval = ''
@@ -141,6 +145,22 @@ def test_the_rows_of_the_page_are_the_rows(page, result, selection):
             interval = f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
         assert re.sub('<.*?>', '', cells[3]) == expected and cells[-2] == interval
     assert body.count('class="baseline"') == 2 and body.count('class="config"') == 1
+
+
+def test_the_best_of_several_groups_is_the_best(result, selection):
+    """A larger gain over a poorer baseline is no better setting; labels say the threshold where there are several."""
+    rows, table = result.rows, [row for row in result.rows if row.source == 'table']
+    assert best_row(rows).metrics['AP'] == max(row.metrics['AP'] for row in table if row.rule != 'HardNMS')
+    assert full_label(rows[1], rows).endswith('score_thr=0.001') and full_label(rows[8], rows).endswith(
+        'score_thr=0.05'
+    )
+    assert full_label(rows[1], rows[:7]) == row_label(rows[1])
+    # The config has the second group's score_thr, and is compared with its baseline in every table.
+    own = rows[-1]
+    assert own.params['score_thr'] == 0.05 and baseline_of(own, rows) is rows[7]
+    assert selection.settings[-1].baseline == pytest.approx(rows[7].metrics['AP'])
+    assert 'its difference is to the first row' in notes(dataclasses.replace(result, rows=[*rows[:7], own]))[1]
+    assert 'its difference' not in notes(result)[1]
 
 
 def test_markdown_and_screen_say_the_same(result, selection):
@@ -160,7 +180,16 @@ def test_markdown_and_screen_say_the_same(result, selection):
 def test_curves_of_both_parameters_and_of_the_best_rest(result):
     figures = sensitivity_figures(result.rows)
     titles = [figure.get_suptitle() for figure in figures]
-    assert titles == ['SoftNMS linear over N_t (IoU threshold)', 'SoftNMS gaussian over σ']
+    # Two groups of score_thr: each curve is that of the better one, and says which.
+    assert [title.split(' at ')[0] for title in titles] == [
+        'SoftNMS linear over N_t (IoU threshold)',
+        'SoftNMS gaussian over σ',
+    ]
+    for title, method in zip(titles, ('linear', 'gaussian'), strict=True):
+        best = max(
+            (row for row in result.rows if row.params.get('method') == method), key=lambda row: row.metrics['AP']
+        )
+        assert title.endswith(f' at score_thr {best.params["score_thr"]:g}')
     lines = figures[1].axes[0].get_lines()
     assert len(lines) == 12  # ten thresholds, AP, the baseline
     ap = next(line for line in lines if line.get_label() == 'AP')
@@ -204,8 +233,9 @@ def _scene(tmp_path):
         categories=[dict(id=1, name='cat'), dict(id=2, name='dog')],
     )
     path = _picture(tmp_path / 'one.jpg', (200, 300))
+    classes = (r'a $\frac$ cat', 'dog')
     settings = [Setting(HardNMS(0.5), 1e-3, 100), Setting(SoftNMS('linear', iou_threshold=0.3), 1e-3, 100)]
-    return Session(settings, candidates, GroundTruth(('cat', 'dog'), coco, [1, 2], [1, 2]), [path, path])
+    return Session(settings, candidates, GroundTruth(classes, coco, [1, 2], [1, 2]), [path, path])
 
 
 def _decode(url: str) -> np.ndarray:

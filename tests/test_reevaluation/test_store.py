@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.candidates import collect
+from mmdet_softnms.reevaluation.candidates import build_test_set, collect, differences, fingerprint
 from mmdet_softnms.reevaluation.store import Candidates, CandidateStore, ImageCandidates, ReevaluationError
 from tests.drawn import drawn_test_set
 from tests.tiny_dataset import make_project
@@ -112,7 +112,16 @@ def test_foreign_shards_are_named(tmp_path):
     assert all('is foreign' in problem for problem in store.check().values())
 
 
-@pytest.mark.parametrize('content', [None, 'not json', '{}', '{"format": "mmdet_softnms candidates 0"}'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        None,
+        'not json',
+        '{}',
+        '{"format": "mmdet_softnms candidates 0"}',
+        '{"format": "mmdet_softnms candidates 1", "fingerprint": {}, "num_images": 3, "shard_size": 0}',
+    ],
+)
 def test_folders_that_are_no_store(tmp_path, content):
     if content is not None:
         (tmp_path / 'store.json').write_text(content)
@@ -255,6 +264,69 @@ def test_what_makes_other_candidates_is_not_mistaken(project, finished, tmp_path
     assert _collect(project, folder, cfg=fewer).forward_images == 4
 
 
+def test_other_pixels_in_files_of_the_same_name_and_size(project, finished):
+    cfg = Config.fromfile(project.coco_config)
+    path = project.root / 'VOC2007/JPEGImages/000003.jpg'
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + bytes(255 - value for value in content[-20:-10]) + content[-10:])
+    try:
+        changed = fingerprint(cfg, project.checkpoint, build_test_set(cfg), 1e-3)
+    finally:
+        path.write_bytes(content)
+    assert differences(finished.fingerprint, changed) == 'content of the images'
+    # Where the images are not there, they cannot tell.
+    cfg.test_dataloader.dataset.data_prefix.img = 'gone/'
+    gone = fingerprint(cfg, project.checkpoint, build_test_set(cfg, check_images=False), 1e-3)
+    assert gone['images'] is None and differences(finished.fingerprint, gone) == ''
+
+
+def test_networks_that_diverged_and_images_that_are_none(project, tmp_path):
+    weights = torch.load(project.checkpoint, weights_only=True)
+    weights['state_dict']['roi_head.bbox_head.fc_reg.bias'][:] = float('nan')
+    torch.save(weights, tmp_path / 'nan.pth')
+    with pytest.raises(ReevaluationError, match='not finite, first on image 1; it diverged'):
+        _collect(project, tmp_path / 'a', checkpoint=tmp_path / 'nan.pth')
+    path = project.root / 'VOC2007/JPEGImages/000003.jpg'
+    content = path.read_bytes()
+    try:
+        path.write_bytes(b'')
+        with pytest.raises(ReevaluationError, match='000003.jpg cannot be read; replace it'):
+            _collect(project, tmp_path / 'b')
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda cfg, root: cfg.merge_from_dict({'test_dataloader.dataset.type': 'NoDataset'}), 'NoDataset'),
+        (lambda cfg, root: (root / 'bad.json').write_text('{"images": [1,'), 'bad.json.*JSONDecodeError'),
+        (lambda cfg, root: (root / 'bad.json').write_text('[]'), 'bad.json.*cannot be built'),
+    ],
+)
+def test_data_sets_that_cannot_be_built(project, change, words):
+    cfg = Config.fromfile(project.coco_config)
+    cfg.test_dataloader.dataset.ann_file = 'bad.json'
+    change(cfg, project.root)
+    with pytest.raises(ReevaluationError, match=words):
+        build_test_set(cfg)
+
+
+def test_damaged_xml_is_named_and_so_is_an_unknown_model(project, tmp_path):
+    cfg = Config.fromfile(project.voc_config)
+    path = project.root / 'VOC2007/Annotations/000002.xml'
+    content = path.read_text()
+    try:
+        path.write_text(content[:50])
+        with pytest.raises(ReevaluationError, match=r'000002.xml\) cannot be built: ParseError'):
+            build_test_set(cfg)
+    finally:
+        path.write_text(content)
+    cfg.model.neck.type = 'NoNeck'
+    with pytest.raises(ReevaluationError, match='model of the config cannot be built.*NoNeck'):
+        _collect(project, tmp_path, cfg=cfg)
+
+
 def test_what_makes_the_same_candidates_is_recognised(project, finished, tmp_path):
     """A higher floor, other suppression, paths and threads: no forward pass."""
     folder = finished.folder.parent
@@ -287,6 +359,6 @@ def test_a_store_that_has_lost_its_description(project, tmp_path):
 
 def test_the_description_says_what_it_was_made_of(finished):
     content = json.loads((finished.folder / 'store.json').read_text())['fingerprint']
-    assert set(content) == {'config', 'checkpoint', 'dataset', 'score_floor', 'execution'}
+    assert set(content) == {'config', 'checkpoint', 'dataset', 'images', 'score_floor', 'execution'}
     assert content['execution']['batch_size'] == 1 and content['execution']['threads'] == torch.get_num_threads()
     assert os.fspath(ROOT) not in json.dumps(content)

@@ -1,15 +1,22 @@
 """Sweeps: what a grid means, that every way of running it gives the same rows, and that nothing is done twice."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
-from mmdet_softnms.reevaluation.settings import DEFAULT_SWEEP, sweep_settings
+from mmdet_softnms.reevaluation.settings import DEFAULT_SWEEP, check_thresholds, sweep_settings
 from mmdet_softnms.reevaluation.store import ReevaluationError
 from mmdet_softnms.reevaluation.sweep import evaluate_all, forget_partial, match_all
 from tests.drawn import drawn_test_set
 
+ROOT = Path(__file__).parents[2]
 CFG = Config(
     dict(model=dict(test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5)))))
 )
@@ -102,6 +109,10 @@ def test_a_file(tmp_path):
         ('max_per_img=10.5', 'max_per_img must be'),
         ('min_score=2', 'min_score'),
         ('missing.yaml', 'cannot be read'),
+        ('soft_nms.sigma=-1', 'sigma must be'),
+        ('soft_nms.foo=1', 'foo'),
+        ('soft_nms.method=bogus', 'bogus'),
+        ('nms.iou_threshold=abc', 'abc'),
     ],
 )
 def test_bad_grids_name_what_is_wrong(spec, words):
@@ -109,12 +120,39 @@ def test_bad_grids_name_what_is_wrong(spec, words):
         _settings(spec)
 
 
+def test_values_of_a_parameter_that_is_named_again_are_added(tmp_path):
+    (tmp_path / 'sweep.yml').write_text('score_thr: [0.001]')
+    specs = ['SoftNMS.sigma=0.1,0.2', 'SoftNMS.sigma=0.2,0.5', 'score_thr=0.05', str(tmp_path / 'sweep.yml')]
+    rows = [(one.rule.params.get('sigma'), one.score_thr) for one in _settings(*specs) if one.source == 'table']
+    assert rows == [(sigma, score_thr) for score_thr in (0.05, 0.001) for sigma in (None, 0.1, 0.2, 0.5)]
+
+
+@pytest.mark.parametrize('value', [True, '0.05', None])
+def test_thresholds_are_numbers(value):
+    with pytest.raises(ReevaluationError, match='score_thr must be in'):
+        check_thresholds(value, 100)
+    with pytest.raises(ReevaluationError, match='max_per_img must be'):
+        check_thresholds(0.05, value)
+
+
 def test_a_sweep_without_effect_is_refused():
     with pytest.raises(ReevaluationError, match=r'SoftNMS.sigma changes nothing'):
         _settings('SoftNMS.method=linear', 'SoftNMS.sigma=0.1:1:0.1')
 
 
-@pytest.mark.parametrize('content', ['- a', 'rule: []', 'rules: [SoftNMS]', 'rules: [{sigma: 1}]', 'rules: ['])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '- a',
+        'rule: []',
+        'rules: [SoftNMS]',
+        'rules: [{sigma: 1}]',
+        'rules: [',
+        'rules: 5',
+        'score_thr: []',
+        'score_thr: [null]',
+    ],
+)
 def test_bad_files(tmp_path, content):
     (tmp_path / 'sweep.yml').write_text(content)
     with pytest.raises(ReevaluationError, match='sweep.yml'):
@@ -143,6 +181,36 @@ def test_processes_give_the_same_rows_and_matches(drawn, rows):
     for left, right in zip(one, two, strict=True):
         for name, values in vars(left).items():
             assert (values == getattr(right, name)).all()
+
+
+def wait_for_ever(scorer, setting):
+    print('at work', flush=True)
+    time.sleep(600)
+
+
+def test_workers_end_with_a_killed_parent():
+    """Nobody tells them, and they would wait for more work; what they share is cleared away, too."""
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from tests.drawn import drawn_test_set
+from tests.test_reevaluation.test_sweep import _settings, wait_for_ever
+from mmdet_softnms.reevaluation.sweep import _run
+if __name__ == '__main__':
+    candidates, truth = drawn_test_set()
+    settings = _settings('SoftNMS.sigma=0.2,0.5')
+    list(_run(wait_for_ever, candidates, settings, [0, 1], truth, 2))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / 'main.py').write_text(script)
+        environment = dict(os.environ, TMPDIR=folder)
+        command = [sys.executable, f'{folder}/main.py']
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert parent.stdout.readline() == parent.stdout.readline() == 'at work\n'
+        assert list(Path(folder).glob('mmdet_softnms_*'))
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ''  # the pipe ends with the last process that holds it
+        assert not list(Path(folder).glob('mmdet_softnms_*'))
 
 
 class _StopError(Exception):

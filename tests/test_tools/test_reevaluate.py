@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_dataset import make_project
 
@@ -86,10 +87,11 @@ def _replace(config: Path, old: str, new: str) -> Path:
             'GridRoIHead cannot be plugged',
         ),
         (lambda p: (p.coco_config, p.checkpoint, '--score-thr', 3), 'score_thr must be in'),
+        (lambda p: (p.coco_config, p.checkpoint, '--select', '--folds', 7), '7 folds of 6 images are not possible'),
     ],
     ids=[
         'config', 'checkpoint', 'syntax', 'coco annotations', 'voc annotations', 'evaluator annotations', 'images',
-        'classes', 'shapes', 'head', 'threshold',
+        'classes', 'shapes', 'head', 'threshold', 'folds',
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_earlier_results_stay(project, tmp_path, change, words):
@@ -109,7 +111,9 @@ def _broken_config(project):
     return path
 
 
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 1), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, status):
     earlier = tmp_path / 'reevaluation.json'
     earlier.write_text('{"earlier": true}')
@@ -151,6 +155,8 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
     assert process.returncode == status, error
     if number == signal.SIGINT:
         assert 'interrupted: earlier results are intact' in error
+    if number == signal.SIGTERM:
+        assert error.strip().splitlines()[-1].startswith('terminated: earlier results are intact')
     assert earlier.read_text() == '{"earlier": true}'
     assert [path.name for path in tmp_path.iterdir() if path.suffix == '.tmp'] == []
 
@@ -219,6 +225,11 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
 
     refused('holds candidates above 0.001 only', store=store.folder, score_thr=1e-5)
     refused('is not a store of candidates', store=tmp_path)
+    weights = torch.load(project.checkpoint, weights_only=True)
+    weights['state_dict']['roi_head.bbox_head.fc_cls.bias'] += 0.1
+    torch.save(weights, tmp_path / 'other.pth')
+    with pytest.raises(ReevaluationError, match='was made with another checkpoint than what is given'):
+        reevaluate(cfg, tmp_path / 'other.pth', store=store.folder)
     cfg.test_dataloader.dataset.indices = 4
     refused('holds 6 images but the test set 4', store=store.folder)
     del cfg.test_dataloader.dataset['indices']
@@ -262,6 +273,49 @@ def test_select_tunes_on_a_split_of_its_own(project, tmp_path):
     same = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'b', *select, '--tune-on', 'val')
     assert same.returncode == 1
     assert '6 of 6 images of val_dataloader are test images too' in same.stderr
+
+
+def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_path):
+    """train/0001.jpg and val/0001.jpg are two images; what cannot be read is no reason not to tune by folds."""
+    from mmengine.config import Config
+
+    from mmdet_softnms.reevaluation.engine import plan_choice
+    from mmdet_softnms.reevaluation.store import ReevaluationError
+
+    cfg = Config.fromfile(project.coco_config)
+    said = []
+    assert plan_choice(cfg, say=said.append).val_set is None and said == []  # the same images
+    other = tmp_path / 'other'
+    other.mkdir()
+    for path in (project.root / 'VOC2007/JPEGImages').iterdir():
+        (other / path.name).write_bytes(path.read_bytes() + b' ')
+    cfg.val_dataloader.dataset.data_prefix.img = f'{other}/'
+    plan = plan_choice(cfg, say=said.append)
+    assert len(plan.val_set) == 6 and said == []
+    assert plan.val_cfg.test_dataloader.dataset.data_prefix.img == f'{other}/'
+    cfg.val_dataloader.dataset.ann_file = 'nowhere.json'
+    assert plan_choice(cfg, say=said.append).val_set is None
+    assert 'annotations of the val set cannot be read' in said[0]
+    with pytest.raises(ReevaluationError, match='val_dataloader.dataset'):
+        plan_choice(cfg, tune_on='val')
+    with pytest.raises(ReevaluationError, match='say'):
+        plan_choice(cfg, resamples=10)
+
+
+def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
+    from mmengine.config import Config
+
+    from mmdet_softnms.reevaluation.engine import choose, plan_choice, reevaluate
+    from mmdet_softnms.reevaluation.store import ReevaluationError
+
+    cfg = Config.fromfile(project.coco_config)
+    result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path)
+    assert result.num_candidates > 0  # the config's own row has a lower one
+    cfg.model.test_cfg.rcnn.score_thr = 0.999
+    result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b')
+    assert result.num_candidates == 0 and 'not one candidate' in result.notes[-1]
+    with pytest.raises(ReevaluationError, match='nothing can be chosen: .* holds not one candidate'):
+        choose(result, plan_choice(cfg), project.checkpoint, tmp_path)
 
 
 def test_two_runs_in_one_directory(project, tmp_path):
