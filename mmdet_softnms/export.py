@@ -11,6 +11,7 @@ runtimes have the float64 exponential that makes ours the same bits everywhere. 
 scores are that close may change places.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -110,10 +111,10 @@ def post_process_to_onnx(
         int64 out, in selection order.
 
     Raises:
-        ExportError: another rule, an opset below 17, or ``num_rois`` without a limit.
+        ExportError: another rule, an opset below 17 or unknown to onnx, a number out of range, or ``num_rois``
+            without a limit.
     """
-    if num_rois is not None and max_per_img < 1:
-        raise ExportError(f'fixed shapes need a limit of detections, got max_per_img {max_per_img}; give 1 or more')
+    _check_numbers(num_classes, score_thr, max_per_img, num_rois)
     graph = _Graph('')
     first, last, axis = (graph.constant([value], np.int64) for value in (0, num_classes, 1))
     foreground = graph('Slice', 'scores', first, last, axis)
@@ -161,6 +162,21 @@ def post_process_to_onnx(
         helper.make_tensor_value_info('labels', TensorProto.INT64, [results]),
     ]
     return _model(graph, 'post_process', inputs, outputs, opset)
+
+
+def _check_numbers(num_classes: int, score_thr: float, max_per_img: int, num_rois: int | None) -> None:
+    if num_classes < 1:
+        raise ExportError(f'num_classes must be at least 1, got {num_classes}')
+    if not math.isfinite(score_thr):
+        raise ExportError(f'score_thr must be finite, got {score_thr}')
+    if max_per_img < -1:
+        raise ExportError(f'max_per_img must be at least 0, or -1 for no limit, got {max_per_img}')
+    if num_rois is None:
+        return
+    if num_rois < 1:
+        raise ExportError(f'num_rois must be at least 1, or None for any number, got {num_rois}')
+    if max_per_img < 1:
+        raise ExportError(f'fixed shapes need a limit of detections, got max_per_img {max_per_img}; give 1 or more')
 
 
 def tensorflow_arguments(rule: Rule) -> dict[str, float]:
@@ -304,8 +320,9 @@ def _body(method: str, arguments: dict[str, Any], boxes: str, labels: str, areas
 
 
 def _model(graph: _Graph, name: str, inputs: list[Any], outputs: list[Any], opset: int) -> onnx.ModelProto:
-    if opset < OPSET:
-        raise ExportError(f'opset must be at least {OPSET}, got {opset}')
+    newest = onnx.defs.onnx_opset_version()
+    if not OPSET <= opset <= newest:
+        raise ExportError(f'opset must be {OPSET} to {newest} (what onnx {onnx.__version__} knows), got {opset}')
     model = helper.make_model(
         helper.make_graph(graph.nodes, name, inputs, outputs),
         producer_name='mmdet_softnms',

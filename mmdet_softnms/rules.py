@@ -99,7 +99,8 @@ class MmcvNMS:
 
 def is_stock(nms_cfg: dict[str, Any]) -> bool:
     """Whether ``test_cfg.rcnn.nms`` is mmdet's own business: no type or an unscoped one (``'nms'``, ``'soft_nms'``)."""
-    return '.' not in nms_cfg.get('type', 'nms')
+    kind = nms_cfg.get('type', 'nms')  # a class in mmengine's pure Python configs
+    return isinstance(kind, str) and '.' not in kind
 
 
 def build_rule(nms_cfg: dict[str, Any]) -> Rule:

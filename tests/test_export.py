@@ -110,8 +110,12 @@ def test_what_cannot_be_expressed_is_refused(rule):
 
 
 def test_bad_arguments():
-    with pytest.raises(ExportError, match='opset must be at least 17'):
-        rule_to_onnx(SoftNMS(), opset=11)
+    for opset in (11, 99):
+        with pytest.raises(ExportError, match=f'opset must be 17 to .* got {opset}'):
+            rule_to_onnx(SoftNMS(), opset=opset)
+    for name, value in dict(num_classes=0, score_thr=float('nan'), max_per_img=-5, num_rois=0).items():
+        with pytest.raises(ExportError, match=f'{name} must be .*got {value}'):
+            post_process_to_onnx(SoftNMS(), **(dict(num_classes=5, score_thr=0.05, max_per_img=9) | {name: value}))
     with pytest.raises(ExportError, match='fixed shapes need a limit'):
         post_process_to_onnx(SoftNMS(), 5, 0.05, -1, num_rois=40)
 
@@ -174,14 +178,19 @@ def test_stock_rules_are_exported_with_a_note(tmp_path):
     ('arguments', 'words'),
     [
         (('missing.py', 'out.onnx'), 'config missing.py does not exist'),
-        ((DEMO, 'out.onnx', '--opset', 11), 'opset must be at least 17'),
+        ((DEMO, 'out.onnx', '--opset', 99), 'opset must be 17 to'),
+        ((DEMO, 'out.onnx', '--num-rois', 0), 'num_rois must be at least 1'),
+        (
+            (DEMO, 'out.onnx', '--cfg-options', 'model.test_cfg.rcnn.nms.class_agnostic=True'),
+            "has {'class_agnostic': True}, which the exported graph cannot express",
+        ),
         (
             (DEMO, 'out.onnx', '--cfg-options', 'model.test_cfg.rcnn.nms.type=mmdet_softnms.Missing'),
             'no two-stage post-processing that can be exported',
         ),
         ((DEMO, '/proc/out.onnx'), 'proc'),
     ],
-    ids=['config', 'opset', 'rule', 'place'],
+    ids=['config', 'opset', 'rois', 'argument', 'rule', 'place'],
 )
 def test_bad_input_is_one_clear_line(tmp_path, arguments, words):
     done = _export(*(tmp_path / one if one == 'out.onnx' else one for one in arguments))

@@ -29,26 +29,39 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+_PERFORMANCE_ONLY = ('split_thr',)  # of mmcv's batched_nms: from how many candidates on it goes class by class
+
+
 def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
-    """The rule of a config as it can be exported, and what is to be said of it."""
+    """The rule of a config as it can be exported, and what is to be said of it.
+
+    Raises:
+        ExportError: a stock rule with an argument that no rule here has.
+    """
+    from mmdet_softnms.export import ExportError
     from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS, build_rule
 
     rule = build_rule(cfg.model.test_cfg.rcnn.nms)
     if not isinstance(rule, MmcvNMS):
         return rule, []
-    arguments = dict(rule.params)
+    arguments = {name: value for name, value in rule.params.items() if name not in _PERFORMANCE_ONLY}
+    known = ['iou_threshold', 'offset', *(['method', 'sigma', 'min_score'] if rule.nms_type == 'soft_nms' else [])]
+    if unknown := {name: value for name, value in arguments.items() if name not in known and value}:
+        raise ExportError(
+            f'test_cfg.rcnn.nms has {unknown}, which the exported graph cannot express; use mmdet_softnms.SoftNMS or '
+            'mmdet_softnms.HardNMS'
+        )
+    options = {name: value for name, value in arguments.items() if name in known}
     if rule.nms_type == 'nms':
         remark = (
             "mmdet's nms keeps classes apart by shifting coordinates, which moves IoUs in the last bits: here it is not"
         )
-        return HardNMS(iou_threshold=arguments.get('iou_threshold', 0.5)), [remark]
-    taken = {name: arguments[name] for name in ('method', 'iou_threshold', 'sigma', 'min_score') if name in arguments}
+        return HardNMS(**options), [remark]
     remark = (
         "mmcv's soft_nms decays at IoU >= threshold, never drops the first pick, and shifts coordinates between "
         'classes; exported is mmdet_softnms.SoftNMS, which does not'
     )
-    options: dict[str, Any] = {'method': 'linear'} | taken
-    return SoftNMS(**options), [remark]
+    return SoftNMS(**({'method': 'linear'} | options)), [remark]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,7 +97,9 @@ def run(args: argparse.Namespace) -> None:
         opset=args.opset,
     )
     content = model.SerializeToString()
-    write_whole(Path(args.out), content)
+    num_rois = args.num_rois or 300
+    compared = compare(content, rule, num_classes, rcnn.score_thr, rcnn.max_per_img, class_agnostic, num_rois)
+    write_whole(Path(args.out), content)  # only what has been run, where it can be
     for remark in remarks:
         print(f'note: {remark}')
     print(
@@ -92,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         f'{num_classes} classes{", class-agnostic boxes" if class_agnostic else ""}, score_thr {rcnn.score_thr:g}, '
         f'max_per_img {rcnn.max_per_img}'
     )
-    print(compare(content, rule, num_classes, rcnn.score_thr, rcnn.max_per_img, class_agnostic, args.num_rois or 300))
+    print(compared)
 
 
 def compare(

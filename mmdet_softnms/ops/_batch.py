@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ def batched_soft_nms(
     of mixed types or with gradients are one call after the other.
 
     Args:
-        boxes: (N_i, 4) for each image, as there.
-        scores: (N_i,) for each image.
-        labels: (N_i,) for each image; None: one class.
+        boxes: (N_i, 4) for each image, as there; a list or tuple, or a tensor (B, N, 4).
+        scores: (N_i,) for each image, or (B, N).
+        labels: (N_i,) for each image, or (B, N); None: one class.
         **parameters: as there, shared by all images.
 
     Returns:
@@ -38,6 +39,8 @@ def batched_soft_nms(
     Raises:
         TypeError, ValueError: as there; lists of different lengths.
     """
+    boxes, scores = _images('boxes', boxes), _images('scores', scores)
+    labels = None if labels is None else _images('labels', labels)
     if len(boxes) != len(scores) or (labels is not None and len(labels) != len(boxes)):
         lengths = f'{len(boxes)} boxes, {len(scores)} scores' + ('' if labels is None else f', {len(labels)} labels')
         raise ValueError(f'boxes, scores and labels must be of the same images, got {lengths}')
@@ -47,6 +50,10 @@ def batched_soft_nms(
         with torch.set_grad_enabled(grad_enabled):
             return soft_nms(boxes[number], scores[number], None if labels is None else labels[number], **parameters)
 
+    if not boxes:
+        soft_nms(torch.empty(0, 4, device='cpu'), torch.empty(0, device='cpu'), **parameters)  # checks the parameters
+    if torch.compiler.is_compiling():  # threads and their number are nothing for a graph
+        return [one(number) for number in range(len(boxes))]
     at_once = _in_one_launch(boxes, scores, labels, parameters)
     if at_once is not None:
         return at_once
@@ -58,8 +65,21 @@ def batched_soft_nms(
     return _on_all_cores(one, len(boxes), helpers)
 
 
+def _images(name: str, images: Any) -> Sequence[Tensor]:
+    dimensions = 3 if name == 'boxes' else 2
+    if isinstance(images, Tensor) and images.dim() == dimensions:
+        return images.unbind()
+    if isinstance(images, (list, tuple)):
+        return images
+    got = f'a tensor of shape {tuple(images.shape)}' if isinstance(images, Tensor) else type(images).__name__
+    raise TypeError(
+        f'{name} must be a list with a tensor for each image, or one tensor of {dimensions} dimensions, got {got}'
+    )
+
+
 def _work(scores: Sequence[Tensor], max_num: int) -> int:
-    return sum((len(one) if max_num < 0 else min(len(one), max_num)) + len(one) // 50 for one in scores)
+    sizes = [one.numel() for one in scores]
+    return sum((size if max_num < 0 else min(size, max_num)) + size // 50 for size in sizes)
 
 
 def _on_all_cores(
@@ -76,8 +96,12 @@ def _on_all_cores(
         for number in numbers:
             results[number] = one(number)
 
-    helpers = [_pool(os.getpid()).submit(work) for _ in range(num_helpers)]
+    helpers = []
     try:
+        # A RuntimeError of submit: the interpreter is on its way out, and starts nothing any more.
+        with suppress(RuntimeError):
+            for _ in range(num_helpers):
+                helpers.append(_pool(os.getpid()).submit(work))
         work()
     finally:
         started = [helper for helper in helpers if not helper.cancel()]
@@ -111,7 +135,7 @@ def warmup() -> None:
     For servers, and before worker processes are forked. May be called any number of times, from several processes at
     once.
     """
-    soft_nms(torch.zeros(1, 4), torch.ones(1))
+    soft_nms(torch.zeros(1, 4, device='cpu'), torch.ones(1, device='cpu'))
 
 
 @functools.lru_cache(maxsize=1)

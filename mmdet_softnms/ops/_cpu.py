@@ -54,16 +54,16 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     if num_boxes >= 2**30:
         raise ValueError(f'boxes has {num_boxes:,} rows, and the kernel counts to 2^30; raise score_thr')
     boxes, scores = boxes.contiguous(), scores.contiguous()
-    dense = torch.zeros(num_boxes, dtype=torch.int64) if labels is None else labels.contiguous()
+    dense = torch.zeros(num_boxes, dtype=torch.int64, device='cpu') if labels is None else labels.contiguous()
     boxes_, scores_, dense_ = boxes.numpy(), scores.numpy(), dense.numpy()
     real = scores_.dtype.type
 
     highest = _check(boxes_, scores_, dense_, real(params.offset))
     if highest == _BAD_VALUE:
         raise_bad_values(boxes, scores, labels, params.offset)
-    if highest > 4 * num_boxes + 1024:  # sparse label values: number the classes that occur
-        dense_ = np.unique(dense_, return_inverse=True)[1].astype(np.int64).reshape(-1)
-        highest = num_boxes - 1
+    if highest > num_boxes + 2048:  # the kernel has two places for every label: rather for those that occur
+        dense_ = np.empty(num_boxes, np.int64)
+        highest = _number(dense.numpy(), dense_) - 1
     limit = num_boxes if params.max_num < 0 else min(params.max_num, num_boxes)
     keep, kept_scores = np.empty(limit, np.int64), np.empty(limit, real)
     count = _select(
@@ -95,7 +95,7 @@ def _compiled(make: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Any]
     def compile_now(function: Callable[..., Any]) -> Any:
         global _cache_works
         options: dict[str, Any] = {'nogil': True, 'error_model': 'numpy'}
-        signatures = [make(types.float32), make(types.float64)]
+        signatures = list(dict.fromkeys([make(types.float32), make(types.float64)]))
         if _cache_works:
             # numba raises where no directory is writable, the disk is full or a cached file is damaged. None of this
             # is a reason not to run; an error of the compilation itself comes again below.
@@ -141,6 +141,29 @@ def _check(boxes, scores, labels, offset):  # type: ignore[no-untyped-def]
         if not (abs(area) <= largest and math.isfinite(scores[i])) or labels[i] < 0:
             return _BAD_VALUE
     return highest
+
+
+@_compiled(lambda real: types.int64(types.int64[::1], types.int64[::1]))
+def _number(labels, numbers):  # type: ignore[no-untyped-def]
+    """Write 0, 1, ... for the labels in the order they occur; returns how many there are."""
+    bits = 1
+    while (1 << bits) < 2 * len(labels):
+        bits += 1
+    mask, shift = np.int64((1 << bits) - 1), np.uint64(64 - bits)
+    table = np.full(1 << bits, -1, np.int32)  # a hash table of numbers, at most half full
+    known = np.empty(len(labels), np.int64)  # label of each number
+    count = 0
+    for i in range(len(labels)):
+        label = labels[i]
+        # Fibonacci hashing (Knuth, TAOCP 3, 6.4): neighbours and multiples are scattered.
+        place = np.int64((np.uint64(label) * np.uint64(11400714819323198485)) >> shift)
+        while table[place] >= 0 and known[table[place]] != label:
+            place = (place + 1) & mask
+        if table[place] < 0:
+            table[place], known[count] = count, label
+            count += 1
+        numbers[i] = table[place]
+    return count
 
 
 @numba.njit(nogil=True, error_model='numpy', inline='always')

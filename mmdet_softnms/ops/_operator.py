@@ -40,17 +40,15 @@ def padded_soft_nms(
     weights of the boxes of its class selected before it; who is selected, and in which order, is piecewise constant,
     so its derivative is that of this product. It is undefined (and what is returned is one-sided) where scores tie,
     where an IoU is ``iou_threshold`` (the linear weight jumps there), where a score meets ``min_score``, and where
-    edges of two boxes coincide. ``hard``: 1 to the score, 0 to the boxes.
+    edges of two boxes coincide. ``hard``: 1 to the score, 0 to the boxes. First derivatives in backward mode only:
+    a second one raises, and this operator gives no tangents to ``torch.func.jvp`` (``soft_nms`` refuses it).
     """
     if _triton.available(scores.device):
         return _triton.soft_nms_triton(
             boxes, scores, labels, method=method, iou_threshold=iou_threshold,
             sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
         )  # fmt: skip
-    keep, kept = _soft_nms.soft_nms(
-        boxes.detach(), scores.detach(), labels, method=method, iou_threshold=iou_threshold,  # type: ignore[arg-type]
-        sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
-    )  # fmt: skip
+    keep, kept = _soft_nms.select(boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, offset)
     size = len(scores) if max_num < 0 else min(len(scores), max_num)
     padded = keep.new_full((size,), -1), kept.new_zeros(size)
     padded[0][: len(keep)], padded[1][: len(keep)] = keep, kept
@@ -88,8 +86,12 @@ def soft_nms_backward(
     iou_threshold: float,
     sigma: float,
     offset: float,
+    wants_boxes: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (N, 4) boxes and (N,) scores from (P,) gradients of the kept scores; see :func:`padded_soft_nms`."""
+    """Gradients of (N, 4) boxes and (N,) scores from (P,) gradients of the kept scores; see :func:`padded_soft_nms`.
+
+    ``wants_boxes``: where it is False, that of the boxes is 0 and costs nothing.
+    """
     to_boxes, to_scores = torch.zeros_like(boxes), torch.zeros_like(scores)
     real = keep >= 0
     keep, gradient = keep[real], gradient[real]
@@ -97,16 +99,20 @@ def soft_nms_backward(
         to_scores[keep] = gradient.to(scores.dtype)
         return to_boxes, to_scores
     dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
-    kept, kept_scores, gradient = boxes[keep].to(dtype), scores[keep].to(dtype), gradient.to(dtype)
-    of_class = None if labels is None else labels[keep]
-    order = torch.arange(len(keep), device=keep.device)
+    # Class by class, each in selection order: a box is decayed by some of those between its class's first and itself.
+    of_class = torch.zeros_like(keep) if labels is None else labels[keep].to(torch.int64)
+    of_class, by_class = torch.sort(of_class, stable=True)
+    keep, gradient = keep[by_class], gradient[by_class].to(dtype)
+    kept, kept_scores = boxes[keep].to(dtype), scores[keep].to(dtype)
+    first = torch.searchsorted(of_class, of_class)  # where the class of each begins
+    place = torch.arange(len(keep), device=keep.device)
     box_gradients = torch.zeros_like(kept)
     for start in range(0, len(keep), _ROWS):
-        rows, earlier = slice(start, start + _ROWS), slice(0, min(start + _ROWS, len(keep)))
-        decays = order[earlier] < order[rows, None]
-        if of_class is not None:
-            decays &= of_class[earlier] == of_class[rows, None]
-        iou, iou_of_row, iou_of_column = _iou_and_derivatives(kept[rows], kept[earlier], offset)
+        stop = min(start + _ROWS, len(keep))
+        begin = int(first[start])
+        rows, earlier = slice(start, stop), slice(begin, stop)
+        decays = (place[earlier] < place[rows, None]) & (place[earlier] >= first[rows, None])
+        iou = _iou(kept[rows, None], kept[None, earlier], offset)[0]
         if method == 'linear':
             over = decays & (iou > iou_threshold)
             weights, slopes = torch.where(over, 1 - iou, 1.0), torch.where(over, -1.0, 0.0).to(dtype)
@@ -114,9 +120,14 @@ def soft_nms_backward(
             weights = torch.where(decays, torch.exp(-(iou**2) / sigma), 1.0)
             slopes = torch.where(decays, -2 * iou / sigma * weights, 0.0)
         to_scores[keep[rows]] = (gradient[rows] * weights.prod(1)).to(scores.dtype)
+        if not wants_boxes:
+            continue
         per_iou = (gradient[rows] * kept_scores[rows])[:, None] * _products_of_others(weights) * slopes
-        box_gradients[rows] += (per_iou[..., None] * iou_of_row).sum(1)
-        box_gradients[earlier] += (per_iou[..., None] * iou_of_column).sum(0)
+        row, column = per_iou.nonzero(as_tuple=True)  # most pairs do not overlap
+        of_row, of_column = _iou_derivatives(kept[start + row], kept[begin + column], offset)
+        per_iou = per_iou[row, column, None]
+        box_gradients.index_add_(0, start + row, per_iou * of_row)
+        box_gradients.index_add_(0, begin + column, per_iou * of_column)
     to_boxes[keep] = box_gradients.to(boxes.dtype)
     return to_boxes, to_scores
 
@@ -132,31 +143,36 @@ def _fake_backward(
     iou_threshold: float,
     sigma: float,
     offset: float,
+    wants_boxes: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(boxes), torch.empty_like(scores)
 
 
-def _iou_and_derivatives(rows: Tensor, columns: Tensor, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, C) IoUs of boxes, and their derivatives by the row's and by the column's (x1, y1, x2, y2): (R, C, 4) each."""
-    a, b = rows[:, None], columns[None]
+def _iou(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, ...]:
+    """IoUs of (..., 4) boxes, 0 where they do not overlap; their intersections, unions (1 there), and (..., 2) sides of
+    intersections and boxes."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]) + offset
     sides_a, sides_b = a[..., 2:] - a[..., :2] + offset, b[..., 2:] - b[..., :2] + offset
-    inside = sides.prod(-1)
-    union = sides_a.prod(-1) + sides_b.prod(-1) - inside
-    overlap = (sides > 0).all(-1) & (union > 0)
+    inside = sides[..., 0] * sides[..., 1]
+    union = sides_a[..., 0] * sides_a[..., 1] + sides_b[..., 0] * sides_b[..., 1] - inside
+    overlap = (sides[..., 0] > 0) & (sides[..., 1] > 0) & (union > 0)
     union = torch.where(overlap, union, 1.0)
-    iou = torch.where(overlap, inside / union, 0.0)
+    return torch.where(overlap, inside / union, 0.0), inside, union, sides, sides_a, sides_b
+
+
+def _iou_derivatives(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """Derivatives of the IoUs of (P, 4) overlapping pairs by the first's and by the second's (x1, y1, x2, y2)."""
+    _, inside, union, sides, sides_a, sides_b = _iou(a, b, offset)
     # IoU = I / U, U = A + B - I:  dIoU = dI (U + I) / U^2 - (dA + dB) I / U^2
-    by_inside = torch.where(overlap, (union + inside) / union**2, 0.0)[..., None]
-    by_area = torch.where(overlap, -inside / union**2, 0.0)[..., None]
+    by_inside, by_area = ((union + inside) / union**2)[:, None], (-inside / union**2)[:, None]
+    across = sides.flip(-1)  # what a unit of width is worth in area: the height
 
     def by(own: Tensor, other: Tensor, own_sides: Tensor) -> Tensor:
-        across = sides.flip(-1)  # what a unit of width is worth in area: the height
-        inside_by = torch.cat([-across * (own[..., :2] > other[..., :2]), across * (own[..., 2:] < other[..., 2:])], -1)
-        area_by = torch.cat([-own_sides.flip(-1), own_sides.flip(-1)], -1)
+        inside_by = torch.cat([-across * (own[:, :2] > other[:, :2]), across * (own[:, 2:] < other[:, 2:])], 1)
+        area_by = torch.cat([-own_sides.flip(-1), own_sides.flip(-1)], 1)
         return by_inside * inside_by + by_area * area_by
 
-    return iou, by(a, b, sides_a), by(b, a, sides_b)
+    return by(a, b, sides_a), by(b, a, sides_b)
 
 
 def _products_of_others(weights: Tensor) -> Tensor:
@@ -178,8 +194,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, _keep, gradient, _count):  # type: ignore[no-untyped-def]
     boxes, scores, labels, keep = ctx.saved_tensors
     to_boxes, to_scores = soft_nms_backward(
-        gradient, boxes, scores, labels, keep, ctx.method, ctx.iou_threshold, ctx.sigma, ctx.offset
-    )
+        gradient, boxes, scores, labels, keep, ctx.method, ctx.iou_threshold, ctx.sigma, ctx.offset,
+        ctx.needs_input_grad[0],
+    )  # fmt: skip
     return to_boxes, to_scores, None, None, None, None, None, None, None
 
 

@@ -3,10 +3,12 @@
 import ctypes
 import math
 import operator
+import sys
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Method = Literal['linear', 'gaussian', 'hard']
 METHODS: tuple[str, ...] = get_args(Method)
@@ -79,20 +81,38 @@ def soft_nms(
     if _differentiable_or_compiled(boxes, scores):
         from mmdet_softnms.ops._operator import padded_soft_nms
 
-        keep, kept_scores, count = padded_soft_nms(
-            boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, float(offset)
-        )
+        parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+        if not torch.compiler.is_compiling():  # torch's own errors would name the operator's schema
+            _check_tensors(boxes, scores, labels)
+            parameters = _check_parameters(*parameters, dtype=_working_type(boxes, scores))
+        keep, kept_scores, count = padded_soft_nms(boxes, scores, labels, *parameters[:-1], float(parameters.offset))
         num = count.item()
-        if torch.compiler.is_compiling():
+        # Not is_compiling(), which is also true where another thread is at it.
+        if torch.compiler.is_dynamo_compiling() or isinstance(num, torch.SymInt):
             torch._check(num >= 0)
             torch._check(num <= keep.shape[0])
         elif num < 0:  # a GPU's operator cannot raise without waiting
-            dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+            dtype = _working_type(boxes, scores)
             wide = None if labels is None else labels.to(torch.int64)
             raise_bad_values(boxes.detach().to(dtype), scores.detach().to(dtype), wide, float(offset))
         return keep[:num], kept_scores[:num]
+    return select(boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, offset)
+
+
+def select(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    method: str,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    max_num: int,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`soft_nms` without gradients: checks, and the device's path. What the registered operator calls, too."""
     _check_tensors(boxes, scores, labels)
-    dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+    dtype = _working_type(boxes, scores)
     params = _check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
     device, score_dtype = scores.device, scores.dtype
     with torch.no_grad():
@@ -116,18 +136,23 @@ def _path(device: torch.device) -> Any:
     return _triton if _triton.available(device) else _reference
 
 
+def _working_type(boxes: Tensor, scores: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+
+
 def _differentiable_or_compiled(boxes: Tensor, scores: Tensor) -> bool:
     """Whether the registered operator is needed, which costs some microseconds and torch 2.4."""
     if not hasattr(torch.library, 'custom_op'):
         return False
     if torch.compiler.is_compiling():
         return True
-    return (
-        torch.is_grad_enabled()
-        and isinstance(boxes, Tensor)
-        and isinstance(scores, Tensor)
-        and (boxes.requires_grad or scores.requires_grad)
-    )
+    if not (isinstance(boxes, Tensor) and isinstance(scores, Tensor)):
+        return False
+    if getattr(forward_ad, '_current_level', -1) >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (boxes, scores)
+    ):
+        raise NotImplementedError('soft_nms has no forward-mode derivatives; use backward()')
+    return torch.is_grad_enabled() and (boxes.requires_grad or scores.requires_grad)
 
 
 def raise_bad_values(boxes: Tensor, scores: Tensor, labels: Tensor | None, offset: float) -> NoReturn:
@@ -165,6 +190,8 @@ def _check_tensors(boxes: Tensor, scores: Tensor, labels: Tensor | None) -> None
     for name, tensor in (('boxes', boxes), ('scores', scores)) + ((('labels', labels),) if labels is not None else ()):
         if not isinstance(tensor, Tensor):
             raise TypeError(f'{name} must be a torch.Tensor, got {type(tensor).__name__}')
+        if tensor.layout != torch.strided:
+            raise TypeError(f'{name} must be a dense tensor, got {tensor.layout}; call to_dense()')
         if tensor.device != boxes.device:
             raise ValueError(f'{name} is on {tensor.device} but boxes is on {boxes.device}; move them together')
     if boxes.dim() != 2 or boxes.shape[1] != 4:
@@ -216,7 +243,7 @@ def _check_parameters(
         raise TypeError(f'max_num must be an int, got {max_num!r}')
     if limit < -1:
         raise ValueError(f'max_num must be >= 0, or -1 for no limit, got {limit}')
-    return Parameters(method, iou_threshold, sigma, min_score, limit, offset)
+    return Parameters(method, iou_threshold, sigma, min_score, min(limit, sys.maxsize), offset)
 
 
 def _rounded(name: str, value: float, dtype: torch.dtype) -> float:

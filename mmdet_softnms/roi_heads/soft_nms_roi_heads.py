@@ -5,6 +5,7 @@ applies :func:`mmdet_softnms.post_process.post_process`. It has no parameters, s
 unscoped ``nms.type`` is left to mmdet, so the same head is its own baseline.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -38,7 +39,9 @@ class SoftNMSMixin:
         _refuse_foreign_arguments(type(self), kwargs)
         super().__init__(*args, **kwargs)
         _refuse_foreign_bbox_heads(type(self), self.bbox_head)
-        self._rule = self._build_rule(self.test_cfg)
+        self._nms_cfg: ConfigDict | None = None
+        self._rule: Rule | None = None
+        self._rule_of(self.test_cfg)  # what is wrong with it is said now, not at the first image
 
     def predict_bbox(
         self,
@@ -53,7 +56,7 @@ class SoftNMSMixin:
 
         ``rcnn_test_cfg=None`` returns the raw results, as in mmdet.
         """
-        rule = self._rule if rcnn_test_cfg is self.test_cfg else self._build_rule(rcnn_test_cfg)
+        rule = self._rule_of(rcnn_test_cfg)
         results = super().predict_bbox(  # type: ignore[misc]
             x,
             batch_img_metas,
@@ -69,11 +72,18 @@ class SoftNMSMixin:
             for raw in results
         ]
 
-    @staticmethod
-    def _build_rule(rcnn_test_cfg: ConfigDict | None) -> Rule | None:
-        """The rule of ``rcnn_test_cfg.nms``; None where the suppression is mmdet's own business."""
+    def _rule_of(self, rcnn_test_cfg: ConfigDict | None) -> Rule | None:
+        """The rule of ``rcnn_test_cfg.nms``; None where the suppression is mmdet's own business.
+
+        Built anew when the config has changed: in a notebook it is edited in place.
+        """
         nms_cfg = None if rcnn_test_cfg is None else rcnn_test_cfg.get('nms')
-        return None if nms_cfg is None or is_stock(nms_cfg) else build_rule(nms_cfg)
+        if nms_cfg is None or is_stock(nms_cfg):
+            return None
+        if self._nms_cfg != nms_cfg:
+            self._rule = build_rule(nms_cfg)
+            self._nms_cfg = copy.deepcopy(nms_cfg)
+        return self._rule
 
 
 @MODELS.register_module()

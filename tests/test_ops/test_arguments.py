@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdet_softnms import soft_nms
+from mmdet_softnms import soft_nms, warmup
 
 NUM = 5
 
@@ -44,6 +44,7 @@ nan, inf = math.nan, math.inf
         ('boxes', [[0.0, 0, 1, 1]] * NUM, TypeError, 'torch.Tensor'),
         ('boxes', np.zeros((NUM, 4), np.float32), TypeError, 'torch.Tensor'),
         ('boxes', None, TypeError, 'torch.Tensor'),
+        ('boxes', torch.zeros(NUM, 4).to_sparse(), TypeError, 'dense'),
         ('boxes', torch.zeros(NUM, 5), ValueError, r'\(N, 4\)'),
         ('boxes', torch.zeros(NUM * 4), ValueError, r'\(N, 4\)'),
         ('boxes', torch.zeros(1, NUM, 4), ValueError, r'\(N, 4\)'),
@@ -121,9 +122,16 @@ nan, inf = math.nan, math.inf
         ('offset', True, TypeError, 'number'),
     ],
 )
-def test_wrong_argument_is_named(name: str, value: Any, error: type[Exception], words: str) -> None:
+@pytest.mark.parametrize('gradient', [False, True])
+def test_wrong_argument_is_named(name: str, value: Any, error: type[Exception], words: str, gradient: bool) -> None:
+    """With gradients the registered operator is called, whose own errors would name its schema."""
+    changes = {name: value}
+    for other in ('boxes', 'scores'):
+        tensor = arguments(**changes)[other]
+        if gradient and isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            changes[other] = tensor.clone().requires_grad_()
     with pytest.raises(error, match=words) as caught:
-        call(**{name: value})
+        call(**changes)
     assert name in str(caught.value)
 
 
@@ -189,6 +197,29 @@ def test_every_integer_type_names_classes(dtype: torch.dtype) -> None:
     expected = call()
     for actual, wanted in zip(call(labels=arguments()['labels'].to(dtype)), expected, strict=True):
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize('num', [1, 2, 3, 2000])
+def test_labels_of_any_value_are_as_good_as_small_ones(num: int) -> None:
+    """As many classes as boxes, in runs, at equal distances and anywhere: names only."""
+    generator = torch.Generator().manual_seed(num)
+    corners = torch.rand(num, 2, generator=generator) * 100
+    boxes = torch.cat([corners, corners + 30], 1)
+    scores = torch.rand(num, generator=generator)
+    for small in (torch.arange(num), torch.randint(7, (num,), generator=generator)):
+        names = torch.randint(2**63 - 1, (max(num, 7),), generator=generator)
+        for labels in (small + 10**7, small * 2**40, small * 6367, names[small]):
+            for actual, wanted in zip(soft_nms(boxes, scores, labels), soft_nms(boxes, scores, small), strict=True):
+                assert torch.equal(actual, wanted)
+
+
+def test_a_default_device_is_not_ours() -> None:
+    """torch.set_default_device('cuda') in a script must not move what is computed on the CPU."""
+    boxes = arguments()['boxes']
+    with torch.device('meta'):
+        warmup()
+        keep, _ = soft_nms(boxes, torch.rand(NUM, device='cpu'))
+        assert keep.device.type == 'cpu'
 
 
 def test_largest_label() -> None:

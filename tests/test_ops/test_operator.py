@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
 import mmdet_softnms
@@ -52,7 +53,7 @@ def test_torchs_own_checks_of_an_operator():
     torch.library.opcheck(padded_soft_nms, arguments, dict(max_num=10), test_utils=utilities)
     keep = padded_soft_nms(boxes.detach(), scores.detach(), labels)[0]
     backward = (torch.rand(30, dtype=torch.float64), boxes.detach(), scores.detach(), labels, keep)
-    torch.library.opcheck(soft_nms_backward, (*backward, 'linear', 0.3, 0.5, 0.0), test_utils=utilities)
+    torch.library.opcheck(soft_nms_backward, (*backward, 'linear', 0.3, 0.5, 0.0, True), test_utils=utilities)
 
 
 class _Padded(torch.nn.Module):
@@ -78,6 +79,41 @@ def test_a_model_compiles_in_one_graph(backend):
     assert _same(compiled(*inputs), _Padded()(*inputs))
     with torch._dynamo.config.patch(capture_scalar_outputs=True):  # the number of results becomes a symbol
         assert _same(torch.compile(_Public(), fullgraph=True, backend=backend)(*inputs), _Public()(*inputs))
+
+
+class _Batch(torch.nn.Module):
+    def forward(self, boxes, scores, labels):
+        (_, kept), (_, other) = batched_soft_nms([boxes, boxes * 2], [scores, scores], [labels, labels], max_num=10)
+        return kept, other * 2
+
+
+def test_batches_compile_and_are_exported():
+    """Threads, and how many there are, are nothing for a graph."""
+    inputs = _scene(3000)
+    expected = _Batch()(*inputs)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert _same(torch.compile(_Batch(), fullgraph=True, backend='aot_eager')(*inputs), expected)
+    for strict in (False, True):
+        assert _same(torch.export.export(_Batch(), inputs, strict=strict).module()(*inputs), expected)
+
+
+def test_other_threads_go_on_while_one_compiles(monkeypatch):
+    """torch says that it is compiling to all of them."""
+    scene = _scene(30, dtype=torch.float32)
+    expected = soft_nms(*scene)
+    monkeypatch.setattr(torch.compiler, '_is_compiling_flag', True)
+    assert torch.compiler.is_compiling()
+    assert _same(soft_nms(*scene), expected)
+    assert _equal(batched_soft_nms(*([one] * 3 for one in scene)), [expected] * 3)
+
+
+def test_forward_mode_is_refused():
+    """It would give tangents of 0."""
+    boxes, scores, labels = _scene(5)
+    with pytest.raises(NotImplementedError, match='forward-mode'):
+        torch.func.jvp(lambda given: soft_nms(boxes, given, labels)[1], (scores,), (torch.ones(5).double(),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='forward-mode'):
+        soft_nms(boxes, forward_ad.make_dual(scores, torch.ones(5).double()), labels)
 
 
 def test_gradients_pass_through_a_compiled_model():
@@ -124,6 +160,26 @@ def test_gradients_of_more_boxes_than_are_held_at_a_time(monkeypatch):
         results.append((boxes.grad, scores.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_classes_have_the_gradients_they_have_alone(monkeypatch):
+    monkeypatch.setattr('mmdet_softnms.ops._operator._ROWS', 8)  # classes begin and end within the rows held at a time
+    boxes, scores, labels = _scene(120, num_classes=9)
+    keep, kept = soft_nms(boxes.requires_grad_(), scores.requires_grad_(), labels, min_score=0)
+    factors = torch.rand(len(kept), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = torch.autograd.grad((kept * factors).sum(), [boxes, scores])
+    of_box = dict(zip(keep.tolist(), factors, strict=True))
+    loss = 0
+    for label in range(9):
+        index = (labels == label).nonzero()[:, 0]
+        alone, kept = soft_nms(boxes[index], scores[index], min_score=0)
+        loss += (kept * torch.stack([of_box[number] for number in index[alone].tolist()])).sum()
+    for one, other in zip(together, torch.autograd.grad(loss, [boxes, scores]), strict=True):
+        torch.testing.assert_close(one, other)
+    # Where only the scores need it, that of the boxes is not computed.
+    monkeypatch.setattr('mmdet_softnms.ops._operator._iou_derivatives', None)
+    kept = soft_nms(boxes.detach(), scores, labels, min_score=0)[1]
+    torch.testing.assert_close(torch.autograd.grad((kept * factors).sum(), [scores])[0], together[1])
 
 
 def test_gradients_where_a_weight_is_zero():
@@ -186,6 +242,8 @@ def test_a_batch_is_its_images(size):
     alone = [soft_nms(*image, method='linear') for image in zip(boxes[:2], scores[:2], strict=True)]
     assert _equal(batched_soft_nms(boxes[:2], scores[:2], method='linear'), alone)
     assert batched_soft_nms([], [], []) == []
+    same = [torch.stack([one[0]] * 2) for one in (boxes, scores, labels)]  # one tensor instead of a list
+    assert _equal(batched_soft_nms(*same, max_num=50), [expected[0]] * 2)
 
 
 def test_a_batch_uses_threads_only_where_it_is_worth_it(monkeypatch):
@@ -236,6 +294,13 @@ def test_errors_of_one_image_are_raised():
         batched_soft_nms(boxes, scores, labels)
     with pytest.raises(ValueError, match='3 boxes, 2 scores'):
         batched_soft_nms(boxes, scores[:2])
+    for wrong in ((box for box in boxes), dict(enumerate(boxes)), boxes[0], None):
+        with pytest.raises(TypeError, match='boxes must be a list with a tensor for each image'):
+            batched_soft_nms(wrong, scores, labels)
+    with pytest.raises(ValueError, match='scores must have shape'):
+        batched_soft_nms(boxes, [score[0] for score in scores])
+    with pytest.raises(ValueError, match='sigma'):
+        batched_soft_nms([], [], sigma=-1)
     with pytest.raises(TypeError, match='max_num'):
         batched_soft_nms(boxes[::2], scores[::2], labels[::2], max_num='many')
 
@@ -251,6 +316,17 @@ def test_whichever_thread_meets_an_error_raises_it_here(bad, monkeypatch):
         with pytest.raises(ValueError, match='scores must be finite'):
             batched_soft_nms(boxes, broken, labels)
     assert _equal(batched_soft_nms(boxes, scores, labels), expected)
+
+
+def test_a_batch_on_the_way_out():
+    """The interpreter starts no thread any more: the calling one does the work."""
+    script = (
+        'import atexit; from tests.test_ops.test_operator import _batch; from mmdet_softnms import batched_soft_nms\n'
+        'import concurrent.futures.thread\n'  # its own handler runs before ours
+        'atexit.register(lambda: print(len(batched_soft_nms(*_batch()))))'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '6', done.stderr
 
 
 def test_64_threads_at_once():

@@ -1,11 +1,14 @@
 """The RoI heads: hard NMS equals mmdet's, soft NMS equals the operator, and nothing else of the detector changes."""
 
+import copy
+
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from mmdet_softnms import soft_nms
+from mmdet_softnms.rules import SoftNMS
 from tests.tiny import build, plugged, predict, predict_raw, tiny_config
 
 HEADS = ['SoftNMSRoIHead', 'SoftNMSCascadeRoIHead', 'SoftNMSDoubleHeadRoIHead']
@@ -56,6 +59,26 @@ def test_soft_nms_is_the_operator_on_the_raw_results(class_agnostic):
         torch.testing.assert_close(result.pred_instances.scores, decayed, rtol=0, atol=0)
         torch.testing.assert_close(result.pred_instances.bboxes, boxes[keep], rtol=0, atol=0)
         torch.testing.assert_close(result.pred_instances.labels, labels[keep])
+
+
+def test_a_rule_that_is_edited_in_a_built_model_is_another_rule():
+    """In a notebook: test_cfg changed in place, or replaced; mmdet looks at it for every image, too."""
+    model = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))
+    other = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', dict(GAUSSIAN, sigma=0.1)), like=model)
+    stock = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', dict(type='nms', iou_threshold=0.5)))
+    before = predict(model)
+    model.roi_head.test_cfg.nms.sigma = 0.1
+    _assert_same(predict(model), predict(other))
+    model.roi_head.test_cfg = copy.deepcopy(stock.roi_head.test_cfg)
+    _assert_same(predict(model), predict(stock))
+    model.roi_head.test_cfg.nms = ConfigDict(GAUSSIAN)
+    _assert_same(predict(model), before)
+
+
+def test_a_rule_may_be_a_class():
+    """As in mmengine's pure Python configs."""
+    ours = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', dict(GAUSSIAN, type=SoftNMS)))
+    _assert_same(predict(ours), predict(build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))))
 
 
 def test_masks_belong_to_the_surviving_boxes():
