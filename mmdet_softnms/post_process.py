@@ -49,10 +49,14 @@ def suppress(candidates: InstanceData, rule: Rule, score_thr: float, max_per_img
     above = candidates.scores > score_thr
     if not bool(above.all()):
         candidates = candidates[above]
+    return _apply(candidates, rule, max_per_img)
+
+
+def _apply(candidates: InstanceData, rule: Rule, max_per_img: int) -> InstanceData:
     keep, scores = rule(candidates.bboxes, candidates.scores, candidates.labels, max_per_img)
     return InstanceData(bboxes=candidates.bboxes[keep], scores=scores, labels=candidates.labels[keep])
 
 
 def post_process(boxes: Tensor, scores: Tensor, rule: Rule, score_thr: float, max_per_img: int) -> InstanceData:
     """Raw boxes and scores of one image to detections; see :func:`to_candidates` and :func:`suppress`."""
-    return suppress(to_candidates(boxes, scores, score_thr), rule, score_thr, max_per_img)
+    return _apply(to_candidates(boxes, scores, score_thr), rule, max_per_img)

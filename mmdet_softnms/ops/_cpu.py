@@ -50,7 +50,7 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
 
     Args, Returns, Raises: as :func:`mmdet_softnms.ops._reference.select`.
     """
-    num_boxes = len(scores)
+    num_boxes = scores.shape[0]
     if num_boxes >= 2**30:
         raise ValueError(f'boxes has {num_boxes:,} rows, and the kernel counts to 2^30; raise score_thr')
     boxes, scores = boxes.contiguous(), scores.contiguous()

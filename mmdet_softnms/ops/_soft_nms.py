@@ -115,14 +115,13 @@ def select(
     dtype = _working_type(boxes, scores)
     params = _check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
     device, score_dtype = scores.device, scores.dtype
-    with torch.no_grad():
-        if device.type == 'mps':  # no float64 there, and the gaussian weight needs it
-            boxes, scores = boxes.cpu(), scores.cpu()
-            labels = None if labels is None else labels.cpu()
-        boxes, scores = boxes.detach().to(dtype), scores.detach().to(dtype)
-        labels = None if labels is None else labels.to(torch.int64)  # torch compares no uint16, uint32 or uint64
-        keep, kept_scores = _path(boxes.device).select(boxes, scores, labels, params)
-        return keep.to(device), kept_scores.to(device=device, dtype=score_dtype)
+    if device.type == 'mps':  # no float64 there, and the gaussian weight needs it
+        boxes, scores = boxes.cpu(), scores.cpu()
+        labels = None if labels is None else labels.cpu()
+    boxes, scores = boxes.detach().to(dtype), scores.detach().to(dtype)
+    labels = None if labels is None else labels.to(torch.int64)  # torch compares no uint16, uint32 or uint64
+    keep, kept_scores = _path(boxes.device).select(boxes, scores, labels, params)
+    return keep.to(device), kept_scores.to(device=device, dtype=score_dtype)
 
 
 def _path(device: torch.device) -> Any:
@@ -194,11 +193,12 @@ def _check_tensors(boxes: Tensor, scores: Tensor, labels: Tensor | None) -> None
             raise TypeError(f'{name} must be a dense tensor, got {tensor.layout}; call to_dense()')
         if tensor.device != boxes.device:
             raise ValueError(f'{name} is on {tensor.device} but boxes is on {boxes.device}; move them together')
+    # shape[0] here and below: len() of a tensor is Python code of torch's, and slow.
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f'boxes must have shape (N, 4), got {tuple(boxes.shape)}')
     if scores.dim() != 1:
         raise ValueError(f'scores must have shape (N,), got {tuple(scores.shape)}')
-    if len(scores) != len(boxes):
+    if scores.shape[0] != boxes.shape[0]:
         raise ValueError(f'scores has {len(scores)} values for {len(boxes)} boxes')
     for name, tensor in (('boxes', boxes), ('scores', scores)):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -207,7 +207,7 @@ def _check_tensors(boxes: Tensor, scores: Tensor, labels: Tensor | None) -> None
         return
     if labels.dim() != 1:
         raise ValueError(f'labels must have shape (N,), got {tuple(labels.shape)}')
-    if len(labels) != len(boxes):
+    if labels.shape[0] != boxes.shape[0]:
         raise ValueError(f'labels has {len(labels)} values for {len(boxes)} boxes')
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f'labels must be of an integer type, got {labels.dtype}')
