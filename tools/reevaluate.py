@@ -11,7 +11,6 @@ has to be changed.
 """
 
 import argparse
-import hashlib
 import os
 import shlex
 import signal
@@ -213,12 +212,13 @@ def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_
 
     from mmdet_softnms import __version__
     from mmdet_softnms.reevaluation.report import selection_text, to_table, write_json, write_report
+    from mmdet_softnms.reevaluation.store import sha256
     from mmdet_softnms.reevaluation.sweep import forget_partial
 
     content = {
         'config': args.config,
         'checkpoint': args.checkpoint,
-        'checkpoint_sha256': hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        'checkpoint_sha256': sha256(args.checkpoint),
         'version': __version__,
         **result.to_dict(),
     }

@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from mmdet_softnms.reevaluation import reproduction
     from mmdet_softnms.reevaluation.candidates import ReevaluationError
     from mmdet_softnms.reevaluation.report import write_json
+    from mmdet_softnms.reevaluation.store import sha256
     from mmdet_softnms.reevaluation.sweep import forget_partial
 
     index = Path(args.metafile) if args.metafile else PROJECT / 'model-index.yml'
@@ -216,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
         'split': model.split.name,
         'num_images': result.num_images,
         'checkpoint': str(checkpoint),
-        'checkpoint_sha256': reproduction.sha256(checkpoint),
+        'checkpoint_sha256': sha256(checkpoint),
         'options': {**model.options, **args.cfg_options},
         'comparisons': [one.to_dict() for one in comparisons],
         'rows': [{key: getattr(row, key) for key in ('rule', 'params', 'metrics', 'source')} for row in result.rows],

@@ -37,7 +37,7 @@ from mmengine.structures import InstanceData
 from torch.utils.data import Sampler
 
 from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights
-from mmdet_softnms.reevaluation.store import CandidateStore, ImageCandidates, ReevaluationError, find_stores
+from mmdet_softnms.reevaluation.store import CandidateStore, ImageCandidates, ReevaluationError, find_stores, sha256
 from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
 
 _PLUGGED_ROI_HEADS = {
@@ -319,7 +319,7 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
     content = content_of([info['img_path'] for info in infos])
     return dict(
         config=_hash(_without_paths(Config(described).to_dict())),
-        checkpoint=_sha256(str(checkpoint)),
+        checkpoint=sha256(checkpoint),
         dataset=_hash([list(dataset.metainfo.get('classes', ())), names]),
         images=None if None in content else _hash(content),
         score_floor=score_floor,
@@ -338,15 +338,7 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
 def content_of(paths: Sequence[str]) -> list[str | None]:
     """The SHA-256 of each file; None for what is not on this machine's disk. On all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda path: _sha256(path) if osp.isfile(path) else None, paths))
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return list(pool.map(lambda path: sha256(path) if osp.isfile(path) else None, paths))
 
 
 def _find_or_create(

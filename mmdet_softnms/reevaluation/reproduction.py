@@ -7,7 +7,6 @@ re-evaluation are in [0, 1].
 
 import contextlib
 import copy
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from mmengine.fileio import load
 from mmdet_softnms.checkpoint import check_weights
 from mmdet_softnms.reevaluation.candidates import ReevaluationError, build_test_set, plug
 from mmdet_softnms.reevaluation.engine import Row
+from mmdet_softnms.reevaluation.store import sha256
 
 Verdict = Literal['pass', 'fail', 'not comparable']
 
@@ -278,15 +278,6 @@ def check_model(cfg: Config, checkpoint: Path) -> None:
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
     check_weights(model, checkpoint)
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
-    with open(path, 'rb') as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:

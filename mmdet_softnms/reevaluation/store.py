@@ -254,6 +254,15 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memoryview:
     flat = Candidates.of(images)
     offsets = pa.array(flat.offsets.astype(np.int32))

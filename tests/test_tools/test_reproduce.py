@@ -344,7 +344,7 @@ def test_checksums(tmp_path):
     published = reproduction.Weights(place, 'fetch it', '01234567')
     path = tmp_path / 'mine.pth'
     path.write_bytes(b'weights')
-    digits = reproduction.sha256(path)
+    digits = sha256(path)
     assert digits == hashlib.sha256(b'weights').hexdigest()
     assert 'begins with' in reproduction.check_checksum(path, published)
     assert reproduction.check_checksum(path, reproduction.Weights(place, '', digits[:8])) == ''
