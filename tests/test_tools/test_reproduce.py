@@ -16,6 +16,7 @@ from mmengine.config import Config
 
 from mmdet_softnms.reevaluation import reproduction
 from mmdet_softnms.reevaluation.candidates import ReevaluationError
+from mmdet_softnms.reevaluation.store import sha256
 from tests.tiny_dataset import make_project
 
 ROOT = Path(__file__).parents[2]
