@@ -40,5 +40,11 @@ class _SkipGuard:
             terminalreporter.write_line(f'forbidden skip: {line}', red=True)
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Modules that start processes come first: with several workers, none is left with them in the end."""
+    slow = ('test_tools', 'test_reevaluation', 'test_integration')
+    items.sort(key=lambda item: not any(name in item.nodeid for name in slow))
+
+
 def pytest_configure(config) -> None:
     config.pluginmanager.register(_SkipGuard(), 'skip-guard')

@@ -11,4 +11,4 @@ setup_tests
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
 say 'Running the tests (about 8 min on 2 cores)'
 cores=$(getconf _NPROCESSORS_ONLN)
-exec "$VENV/bin/python" -m pytest --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope ${REST[@]+"${REST[@]}"}
+exec "$VENV/bin/python" -m pytest --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope --no-loadscope-reorder ${REST[@]+"${REST[@]}"}

@@ -54,7 +54,8 @@ def test_reevaluation_equals_the_live_run(project, kind, nms, row, tmp_path):
     cfg = Config.fromfile(config)
     live = _live(config, project.checkpoint, nms, tmp_path / 'live.pkl')
 
-    images = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store.load()
+    store = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store
+    images = store.load()
     ours = detections(images, default_settings(cfg, 1e-3, 100, 1e-3)[row])
     assert [image.img_id for image in images] == [result['img_id'] for result in live]
     for one, result in zip(ours, live, strict=True):
@@ -62,7 +63,7 @@ def test_reevaluation_equals_the_live_run(project, kind, nms, row, tmp_path):
         for key in ('bboxes', 'scores', 'labels'):
             torch.testing.assert_close(one[key], result['pred_instances'][key], rtol=0, atol=0)
 
-    metrics = reevaluate(cfg, project.checkpoint).rows[row].metrics
+    metrics = reevaluate(cfg, project.checkpoint, store=store.folder).rows[row].metrics
     expected = _coco_ap(project.root / 'coco.json', live)
     if kind == 'coco':
         assert 0.01 < metrics['AP'] < 0.99
