@@ -48,7 +48,8 @@ def padded_soft_nms(
             boxes, scores, labels, method=method, iou_threshold=iou_threshold,
             sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
         )  # fmt: skip
-    keep, kept = _soft_nms.select(boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, offset)
+    parameters = _soft_nms.Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    keep, kept = _soft_nms.select(boxes, scores, labels, parameters)
     size = len(scores) if max_num < 0 else min(len(scores), max_num)
     padded = keep.new_full((size,), -1), kept.new_zeros(size)
     padded[0][: len(keep)], padded[1][: len(keep)] = keep, kept
@@ -98,7 +99,7 @@ def soft_nms_backward(
     if method == 'hard':
         to_scores[keep] = gradient.to(scores.dtype)
         return to_boxes, to_scores
-    dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+    dtype = _soft_nms.working_type(boxes, scores)
     # Class by class, each in selection order: a box is decayed by some of those between its class's first and itself.
     of_class = torch.zeros_like(keep) if labels is None else labels[keep].to(torch.int64)
     of_class, by_class = torch.sort(of_class, stable=True)

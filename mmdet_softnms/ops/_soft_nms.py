@@ -78,13 +78,13 @@ def soft_nms(
         ValueError: wrong shapes, lengths or devices; coordinates that are not finite or whose areas overflow; scores
             that are not finite; negative labels; a parameter out of range. The message names the argument.
     """
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
     if _differentiable_or_compiled(boxes, scores):
         from mmdet_softnms.ops._operator import padded_soft_nms
 
-        parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
         if not torch.compiler.is_compiling():  # torch's own errors would name the operator's schema
             _check_tensors(boxes, scores, labels)
-            parameters = _check_parameters(*parameters, dtype=_working_type(boxes, scores))
+            parameters = _check_parameters(*parameters, dtype=working_type(boxes, scores))
         keep, kept_scores, count = padded_soft_nms(boxes, scores, labels, *parameters[:-1], float(parameters.offset))
         num = count.item()
         # Not is_compiling(), which is also true where another thread is at it.
@@ -92,28 +92,21 @@ def soft_nms(
             torch._check(num >= 0)
             torch._check(num <= keep.shape[0])
         elif num < 0:  # a GPU's operator cannot raise without waiting
-            dtype = _working_type(boxes, scores)
+            dtype = working_type(boxes, scores)
             wide = None if labels is None else labels.to(torch.int64)
             raise_bad_values(boxes.detach().to(dtype), scores.detach().to(dtype), wide, float(offset))
         return keep[:num], kept_scores[:num]
-    return select(boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, offset)
+    return select(boxes, scores, labels, parameters)
 
 
-def select(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor | None,
-    method: str,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    max_num: int,
-    offset: float,
-) -> tuple[Tensor, Tensor]:
-    """:func:`soft_nms` without gradients: checks, and the device's path. What the registered operator calls, too."""
+def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, parameters: Parameters) -> tuple[Tensor, Tensor]:
+    """:func:`soft_nms` without gradients: checks, and the device's path. What the registered operator calls, too.
+
+    ``parameters`` as they were given: they are checked and rounded here.
+    """
     _check_tensors(boxes, scores, labels)
-    dtype = _working_type(boxes, scores)
-    params = _check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
+    dtype = working_type(boxes, scores)
+    params = _check_parameters(*parameters, dtype=dtype)
     device, score_dtype = scores.device, scores.dtype
     if device.type == 'mps':  # no float64 there, and the gaussian weight needs it
         boxes, scores = boxes.cpu(), scores.cpu()
@@ -135,7 +128,8 @@ def _path(device: torch.device) -> Any:
     return _triton if _triton.available(device) else _reference
 
 
-def _working_type(boxes: Tensor, scores: Tensor) -> torch.dtype:
+def working_type(boxes: Tensor, scores: Tensor) -> torch.dtype:
+    """What is computed in: float64 where either is float64, else float32."""
     return torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import Parameters, _check_parameters, _check_tensors, raise_bad_values
+from mmdet_softnms.ops._soft_nms import Parameters, _check_parameters, _check_tensors, raise_bad_values, working_type
 
 CHUNK = 512
 """Candidates a program holds in registers: 4 warps of 32 threads, 4 candidates each. Reasoned, not measured."""
@@ -134,7 +134,7 @@ def soft_nms_triton(
             raise TypeError(f'images must be of an integer type, got {images.dtype}')
         if num_images < 0:
             raise ValueError(f'num_images must be >= 0, got {num_images}')
-    dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+    dtype = working_type(boxes, scores)
     params = _check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
     score_dtype = scores.dtype
     with torch.no_grad():

@@ -135,11 +135,13 @@ def best_row(rows: Sequence[Row]) -> Row:
 
 def full_label(row: Row, rows: Sequence[Row]) -> str:
     """:func:`row_label`, with ``score_thr`` and ``max_per_img`` where the table has several of them."""
-    words = [row_label(row)]
-    for name in ('score_thr', 'max_per_img'):
-        if len({one.params[name] for one in rows if one.source == 'table'}) > 1:
-            words.append(f'{name}={row.params[name]:g}')
-    return ' '.join(words)
+    return ' '.join([row_label(row), *(f'{name}={row.params[name]:g}' for name in _varied(rows))])
+
+
+def _varied(rows: Sequence[Row]) -> list[str]:
+    """The thresholds around the rules of which the table has several values."""
+    table = [row for row in rows if row.source == 'table']
+    return [name for name in ('score_thr', 'max_per_img') if len({row.params[name] for row in table}) > 1]
 
 
 def row_label(row: Row) -> str:
@@ -372,8 +374,7 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
 
 def _at(swept: str, row: Row, rows: Sequence[Row]) -> str:
     """The thresholds of a curve, where the table has several and they are not what is swept."""
-    names = [name for name in ('score_thr', 'max_per_img') if name != swept]
-    several = [name for name in names if len({one.params[name] for one in rows if one.source == 'table'}) > 1]
+    several = [name for name in _varied(rows) if name != swept]
     return f'at {", ".join(f"{name} {row.params[name]:g}" for name in several)}' if several else ''
 
 
