@@ -26,23 +26,23 @@ MODELS = Registry(
     'model',
     parent=mmdet.registry.MODELS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.roi_heads', 'mmdet_softnms.caffe'],
+    locations=['mmdet_softnms.models.roi_heads', 'mmdet_softnms.models.rfcn', 'mmdet_softnms.models.caffe'],
 )
 TASK_UTILS = Registry(
     'task util',
     parent=mmdet.registry.TASK_UTILS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.rules', 'mmdet_softnms.caffe'],
+    locations=['mmdet_softnms.rules', 'mmdet_softnms.models.caffe'],
 )
 METRICS = Registry(
     'metric',
     parent=mmdet.registry.METRICS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.reevaluation.candidates'],
+    locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )
 DATA_SAMPLERS = Registry(
     'data sampler',
     parent=mmdet.registry.DATA_SAMPLERS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.reevaluation.candidates'],
+    locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.metrics import GroundTruth
-from mmdet_softnms.reevaluation.store import Candidates, ImageCandidates
+from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
+from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
 
 
 def drawn_test_set(num_images: int = 30, num_classes: int = 4, seed: int = 0) -> tuple[Candidates, GroundTruth]:

@@ -11,9 +11,9 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.reevaluation.candidates import collect
-from mmdet_softnms.reevaluation.settings import Setting
-from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.reevaluation.candidates.forward import collect
+from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import HardNMS, MmcvNMS
 from tests.tiny import plugged
 from tests.tiny_dataset import CLASSES, make_project
@@ -38,7 +38,7 @@ def test_the_registry_is_found_without_custom_imports(project):
     )
     command = [sys.executable, '-c', code, str(project.root / 'soft.py'), str(project.checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TOOLS.parent)
-    assert 'mmdet_softnms.roi_heads.soft_nms_roi_heads SoftNMS' in done.stdout, done.stderr
+    assert 'mmdet_softnms.models.roi_heads SoftNMS' in done.stdout, done.stderr
 
 
 def test_init_detector_and_det_inferencer_agree(project):

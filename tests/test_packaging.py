@@ -138,7 +138,7 @@ print({name.split('.')[0] for name in sys.modules} & {'mmdet', 'mmcv', 'mmengine
 def test_position_sensitive_pooling_needs_torch_alone():
     code = """
 import torch
-from mmdet_softnms.layers import ps_roi_pool
+from mmdet_softnms.models.ps_roi_pool import ps_roi_pool
 assert ps_roi_pool(torch.ones(1, 49, 4, 4), torch.tensor([[0.0, 0, 0, 63, 63]])).sum() == 49
 """
     result = _python(code, 'mmdet', 'mmcv', 'mmengine', 'torchvision', 'cv2')

@@ -55,8 +55,7 @@ from _benchmark_plots import plot_growth, plot_peers
 from _benchmark_stage import PARTS, STOCK, exponent, median, peak_bytes, stages, startup
 
 from mmdet_softnms import batched_soft_nms, soft_nms, warmup
-from mmdet_softnms.layers import KINDS, ps_roi_pool
-from mmdet_softnms.layers.ps_roi_pool import _caffe_edges, _torchvision_edges
+from mmdet_softnms.models.ps_roi_pool import KINDS, _caffe_edges, _torchvision_edges, ps_roi_pool
 from mmdet_softnms.ops import _reference, _soft_nms
 
 WIDTH, HEIGHT = 1333, 800
@@ -618,10 +617,10 @@ def run_sweep(arguments: argparse.Namespace) -> None:
 
     from mmengine.structures import InstanceData
 
-    from mmdet_softnms.reevaluation.metrics import GroundTruth
-    from mmdet_softnms.reevaluation.settings import Setting
-    from mmdet_softnms.reevaluation.store import CandidateStore, ImageCandidates
-    from mmdet_softnms.reevaluation.sweep import evaluate_all
+    from mmdet_softnms.reevaluation.candidates.store import CandidateStore, ImageCandidates
+    from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
+    from mmdet_softnms.reevaluation.scoring.settings import Setting
+    from mmdet_softnms.reevaluation.scoring.sweep import evaluate_all
     from mmdet_softnms.rules import HardNMS, SoftNMS
 
     num_classes = 80

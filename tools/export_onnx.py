@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.config import Config
 
     from mmdet_softnms.export import ExportError, post_process_to_onnx
-    from mmdet_softnms.reevaluation.store import write_whole
+    from mmdet_softnms.files import write_whole
 
     if not Path(args.config).is_file():
         raise ExportError(f'config {args.config} does not exist')

@@ -124,7 +124,7 @@ class Display:
 
     def on_row(self, row: Any, done: int, total: int) -> None:
         """Show a finished row."""
-        from mmdet_softnms.reevaluation.report import rows_table
+        from mmdet_softnms.reevaluation.report.table import rows_table
 
         self._rows.append(row)
         if self._sweep and self._console.is_terminal:
@@ -139,9 +139,12 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.dist import is_main_process
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
-    from mmdet_softnms.reevaluation.candidates import start_processes
-    from mmdet_softnms.reevaluation.engine import ReevaluationError, choose, only_run_in, plan_choice, reevaluate
-    from mmdet_softnms.reevaluation.settings import DEFAULT_SWEEP
+    from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.candidates.forward import start_processes
+    from mmdet_softnms.reevaluation.choice.plan import plan_choice
+    from mmdet_softnms.reevaluation.choice.selection import choose
+    from mmdet_softnms.reevaluation.run import only_run_in, reevaluate
+    from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP
 
     if not Path(args.config).is_file():
         raise ReevaluationError(f'config {args.config} does not exist')
@@ -211,9 +214,10 @@ def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_
     from rich.console import Console
 
     from mmdet_softnms import __version__
-    from mmdet_softnms.reevaluation.report import selection_text, to_table, write_json, write_report
-    from mmdet_softnms.reevaluation.store import sha256
-    from mmdet_softnms.reevaluation.sweep import forget_partial
+    from mmdet_softnms.files import sha256, write_json
+    from mmdet_softnms.reevaluation.report.page import write_report
+    from mmdet_softnms.reevaluation.report.table import selection_text, to_table
+    from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
 
     content = {
         'config': args.config,
@@ -250,7 +254,7 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError
-    from mmdet_softnms.reevaluation.store import ReevaluationError
+    from mmdet_softnms.files import ReevaluationError
 
     args = parse_args()
     signal.signal(signal.SIGTERM, _terminated)

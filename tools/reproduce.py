@@ -76,7 +76,7 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
     """The model's config with the settings of the published number, the data root, and the user's options."""
     from mmengine.config import Config
 
-    from mmdet_softnms.reevaluation.candidates import ReevaluationError
+    from mmdet_softnms.files import ReevaluationError
 
     try:
         cfg = Config.fromfile(model.config)
@@ -100,7 +100,7 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mmdet_softnms.reevaluation.engine import reevaluate
+    from mmdet_softnms.reevaluation.run import reevaluate
 
     bar = Progress(console=Console(stderr=True), auto_refresh=False)
     tasks: dict[str, Any] = {}
@@ -156,11 +156,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mmdet_softnms.checkpoint import CheckpointError, forbid_unsafe_loading
+    from mmdet_softnms.files import ReevaluationError, sha256, write_json
     from mmdet_softnms.reevaluation import reproduction
-    from mmdet_softnms.reevaluation.candidates import ReevaluationError
-    from mmdet_softnms.reevaluation.report import write_json
-    from mmdet_softnms.reevaluation.store import sha256
-    from mmdet_softnms.reevaluation.sweep import forget_partial
+    from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
 
     index = Path(args.metafile) if args.metafile else PROJECT / 'model-index.yml'
     models = reproduction.load_models(index, PROJECT)
@@ -242,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError
-    from mmdet_softnms.reevaluation.candidates import ReevaluationError
+    from mmdet_softnms.files import ReevaluationError
 
     args = parse_args(arguments)
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')

@@ -20,9 +20,10 @@ from mmengine.config import Config
 from mmengine.fileio import load
 
 from mmdet_softnms.checkpoint import check_weights
-from mmdet_softnms.reevaluation.candidates import ReevaluationError, build_test_set, plug
-from mmdet_softnms.reevaluation.engine import Row
-from mmdet_softnms.reevaluation.store import sha256
+from mmdet_softnms.files import ReevaluationError, sha256
+from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
+from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 Verdict = Literal['pass', 'fail', 'not comparable']
 

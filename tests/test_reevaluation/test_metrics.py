@@ -13,11 +13,11 @@ from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdet_softnms.reevaluation.candidates import build_test_set
-from mmdet_softnms.reevaluation.metrics import AP_NAMES, COCO_STATS, RECALLS, Evaluator, read_ground_truth
-from mmdet_softnms.reevaluation.settings import Setting
-from mmdet_softnms.reevaluation.store import ReevaluationError
-from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
+from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS, RECALLS, Evaluator, read_ground_truth
+from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS, describe
 from tests.drawn import drawn_test_set
 from tests.tiny_dataset import make_project

@@ -17,25 +17,25 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.engine import Reevaluation, Session
-from mmdet_softnms.reevaluation.metrics import GroundTruth
-from mmdet_softnms.reevaluation.pictures import draw_pictures
-from mmdet_softnms.reevaluation.report import (
+from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
+from mmdet_softnms.reevaluation.choice.selection import Selection, select
+from mmdet_softnms.reevaluation.report.figures import sensitivity_figures
+from mmdet_softnms.reevaluation.report.page import markdown, write_report
+from mmdet_softnms.reevaluation.report.pictures import draw_pictures
+from mmdet_softnms.reevaluation.report.table import (
     baseline_of,
     best_row,
     full_label,
-    markdown,
     notes,
     row_label,
     rows_table,
     selection_text,
-    sensitivity_figures,
-    write_report,
 )
-from mmdet_softnms.reevaluation.selection import Objects, Selection, select
-from mmdet_softnms.reevaluation.settings import Setting, sweep_settings
-from mmdet_softnms.reevaluation.store import Candidates, ImageCandidates
-from mmdet_softnms.reevaluation.sweep import evaluate_all, match_all
+from mmdet_softnms.reevaluation.result import Reevaluation, Session
+from mmdet_softnms.reevaluation.scoring.matching import Objects
+from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
+from mmdet_softnms.reevaluation.scoring.settings import Setting, sweep_settings
+from mmdet_softnms.reevaluation.scoring.sweep import evaluate_all, match_all
 from mmdet_softnms.rules import HardNMS, SoftNMS
 from tests.drawn import drawn_test_set
 
@@ -203,7 +203,8 @@ def test_curves_of_both_parameters_and_of_the_best_rest(result):
 def test_plots_are_drawn_without_a_display(page):
     environment = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY')}
     script = (
-        'import matplotlib; import mmdet_softnms.reevaluation.report; print(matplotlib.get_backend(auto_select=False))'
+        'import matplotlib; import mmdet_softnms.reevaluation.report.page; '
+        'print(matplotlib.get_backend(auto_select=False))'
     )
     root = Path(__file__).parents[2]
     done = subprocess.run(

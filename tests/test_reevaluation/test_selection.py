@@ -8,20 +8,13 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.metrics import Evaluator
-from mmdet_softnms.reevaluation.pictures import image_ap
-from mmdet_softnms.reevaluation.selection import (
-    CRITERIA,
-    Objects,
-    bootstrap_weights,
-    match,
-    pool_folds,
-    select,
-    weighted_ap,
-)
-from mmdet_softnms.reevaluation.settings import Setting
-from mmdet_softnms.reevaluation.store import ReevaluationError
-from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.choice.resampling import CRITERIA, bootstrap_weights, image_ap, pool_folds, weighted_ap
+from mmdet_softnms.reevaluation.choice.selection import select
+from mmdet_softnms.reevaluation.scoring.matching import Objects, match
+from mmdet_softnms.reevaluation.scoring.metrics import Evaluator
+from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.roi_heads import SoftNMSRoIHead
 from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
 from tests.drawn import drawn_test_set

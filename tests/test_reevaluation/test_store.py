@@ -14,8 +14,11 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.candidates import build_test_set, collect, differences, fingerprint
-from mmdet_softnms.reevaluation.store import Candidates, CandidateStore, ImageCandidates, ReevaluationError
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates.fingerprint import differences, fingerprint
+from mmdet_softnms.reevaluation.candidates.forward import collect
+from mmdet_softnms.reevaluation.candidates.store import Candidates, CandidateStore, ImageCandidates
+from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from tests.drawn import drawn_test_set
 from tests.tiny_dataset import make_project
 
@@ -136,7 +139,7 @@ import resource, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from pathlib import Path
 from tests.test_reevaluation.test_store import _fill, _images
-from mmdet_softnms.reevaluation.store import CandidateStore
+from mmdet_softnms.reevaluation.candidates.store import CandidateStore
 store = _fill(Path({str(tmp_path)!r}), _images())
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -204,7 +207,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(project.root)!r}]
 import store_slow
 from mmengine.config import Config
-from mmdet_softnms.reevaluation.candidates import collect
+from mmdet_softnms.reevaluation.candidates.forward import collect
 cfg = Config.fromfile({str(project.coco_config)!r})
 cfg.test_dataloader.dataset.type = 'SlowAtTheEnd'
 collect(cfg, {str(project.checkpoint)!r}, 1e-3, {str(tmp_path)!r}, shard_size=2)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmdet_softnms.reevaluation.settings import DEFAULT_SWEEP, check_thresholds, sweep_settings
-from mmdet_softnms.reevaluation.store import ReevaluationError
-from mmdet_softnms.reevaluation.sweep import evaluate_all, forget_partial, match_all
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, check_thresholds, sweep_settings
+from mmdet_softnms.reevaluation.scoring.sweep import evaluate_all, forget_partial, match_all
 from tests.drawn import drawn_test_set
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}]
 from tests.drawn import drawn_test_set
 from tests.test_reevaluation.test_sweep import _settings, wait_for_ever
-from mmdet_softnms.reevaluation.sweep import _run
+from mmdet_softnms.reevaluation.scoring.sweep import _run
 if __name__ == '__main__':
     candidates, truth = drawn_test_set()
     settings = _settings('SoftNMS.sigma=0.2,0.5')

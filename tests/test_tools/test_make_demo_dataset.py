@@ -14,7 +14,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_softnms.checkpoint import check_weights
-from mmdet_softnms.reevaluation.engine import reevaluate
+from mmdet_softnms.reevaluation.run import reevaluate
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / 'configs/demo/faster-rcnn_r18-w16_fpn_demo.py'

@@ -176,7 +176,7 @@ def test_an_unwritable_work_dir_is_told_before_the_network_runs(project, tmp_pat
 import os, sys
 sys.path.insert(0, {str(TOOL.parents[1])!r})
 from pathlib import Path
-from mmdet_softnms.reevaluation.engine import only_run_in
+from mmdet_softnms.reevaluation.run import only_run_in
 if os.geteuid() == 0:
     os.setgid(65534); os.setuid(65534)
 try:
@@ -212,9 +212,9 @@ def test_a_second_run_needs_no_network_and_says_so(project, tmp_path):
 def test_stores_that_cannot_be_taken(project, tmp_path):
     from mmengine.config import Config
 
-    from mmdet_softnms.reevaluation.candidates import collect
-    from mmdet_softnms.reevaluation.engine import reevaluate
-    from mmdet_softnms.reevaluation.store import ReevaluationError
+    from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.candidates.forward import collect
+    from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = Config.fromfile(project.coco_config)
     store = collect(cfg, project.checkpoint, 1e-3, tmp_path).store
@@ -279,8 +279,8 @@ def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_p
     """train/0001.jpg and val/0001.jpg are two images; what cannot be read is no reason not to tune by folds."""
     from mmengine.config import Config
 
-    from mmdet_softnms.reevaluation.engine import plan_choice
-    from mmdet_softnms.reevaluation.store import ReevaluationError
+    from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.choice.plan import plan_choice
 
     cfg = Config.fromfile(project.coco_config)
     said = []
@@ -305,8 +305,10 @@ def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_p
 def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
     from mmengine.config import Config
 
-    from mmdet_softnms.reevaluation.engine import choose, plan_choice, reevaluate
-    from mmdet_softnms.reevaluation.store import ReevaluationError
+    from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.choice.plan import plan_choice
+    from mmdet_softnms.reevaluation.choice.selection import choose
+    from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = Config.fromfile(project.coco_config)
     result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path)
@@ -319,7 +321,7 @@ def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
 
 
 def test_two_runs_in_one_directory(project, tmp_path):
-    from mmdet_softnms.reevaluation.engine import only_run_in
+    from mmdet_softnms.reevaluation.run import only_run_in
 
     lock = only_run_in(tmp_path)
     try:

@@ -14,9 +14,8 @@ import pytest
 import yaml
 from mmengine.config import Config
 
+from mmdet_softnms.files import ReevaluationError, sha256
 from mmdet_softnms.reevaluation import reproduction
-from mmdet_softnms.reevaluation.candidates import ReevaluationError
-from mmdet_softnms.reevaluation.store import sha256
 from tests.tiny_dataset import make_project
 
 ROOT = Path(__file__).parents[2]

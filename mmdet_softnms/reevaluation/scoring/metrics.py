@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.files import ReevaluationError
 
 #: ``COCOeval.stats`` at ``maxDets=(1, 10, 100)``, by position.
 COCO_STATS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')

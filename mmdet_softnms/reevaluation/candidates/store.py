@@ -19,7 +19,6 @@ but the candidates, so a run that was killed and taken up again, or spread over 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,10 @@ import pyarrow.parquet as pq
 import torch
 from mmengine.structures import InstanceData
 
+from mmdet_softnms.files import ReevaluationError, write_whole
+
 FORMAT = 'mmdet_softnms candidates 1'
 _FLOATS = ('x1', 'y1', 'x2', 'y2', 'score')
-
-
-class ReevaluationError(RuntimeError):
-    """The input of a re-evaluation cannot be used; the message is one line with the remedy."""
 
 
 @dataclass
@@ -233,34 +230,6 @@ def find_stores(folder: Path) -> list[CandidateStore]:
         except ReevaluationError:
             continue  # of another version, or half a folder that somebody deletes
     return stores
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all; an earlier one stays until the new one is complete and on disk.
-
-    Raises:
-        OSError: no permission or no space; the earlier file is intact.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
-    with open(path, 'rb') as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memoryview:

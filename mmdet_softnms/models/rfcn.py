@@ -17,9 +17,9 @@ from mmdet.models.task_modules.samplers import SamplingResult
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
-from mmdet_softnms.layers import KINDS, ps_roi_pool
+from mmdet_softnms.models.ps_roi_pool import KINDS, ps_roi_pool
+from mmdet_softnms.models.roi_heads import SoftNMSMixin
 from mmdet_softnms.registry import MODELS
-from mmdet_softnms.roi_heads.soft_nms_roi_heads import SoftNMSMixin
 
 
 @MODELS.register_module()
@@ -41,8 +41,8 @@ class RFCNBBoxHead(BBoxHead):
         reduced_channels: channels after the 1 x 1 reduction.
         output_size: P; there are ``(K + 1) * P * P`` score maps and ``4 * P * P`` box maps.
         stride: pixels of the image for one pixel of the feature map.
-        pooling: a kind of :func:`mmdet_softnms.layers.ps_roi_pool`. ``caffe``, the default, is what the authors'
-            weights were trained with and the cheapest; ``bilinear`` is the Soft-NMS authors', who found it about 1 %
+        pooling: a kind of :func:`mmdet_softnms.models.ps_roi_pool.ps_roi_pool`. ``caffe``, the default, is what the
+            authors' weights were trained with and the cheapest; ``bilinear`` is the Soft-NMS authors', who found it about 1 %
             better on COCO; ``deformable`` adds offset maps, as Deformable R-FCN does.
         trans_std: how far an offset of 1 moves a bin, in RoI sizes; for ``deformable``.
         ohem: train on so many RoIs an image, those of largest total loss, with no quota for either kind (section 2 of

@@ -26,11 +26,12 @@ import torch
 from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info
 from mmengine.structures import InstanceData
 
+from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.post_process import suppress
-from mmdet_softnms.reevaluation.metrics import Evaluator, GroundTruth
-from mmdet_softnms.reevaluation.selection import Matches, Objects, match
-from mmdet_softnms.reevaluation.settings import Setting
-from mmdet_softnms.reevaluation.store import Candidates, ImageCandidates, ReevaluationError
+from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
+from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects, match
+from mmdet_softnms.reevaluation.scoring.metrics import Evaluator, GroundTruth
+from mmdet_softnms.reevaluation.scoring.settings import Setting
 
 #: Below so many image evaluations (15 to 30 s), starting processes costs more than it saves.
 _WORTH_PROCESSES = 20_000

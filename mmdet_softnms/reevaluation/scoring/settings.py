@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from mmdet_softnms.reevaluation.store import ReevaluationError
+from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.registry import TASK_UTILS
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
 
@@ -60,7 +60,7 @@ class Setting:
         return type(self.rule) is HardNMS and self.source == 'table' and self.rule.params == HardNMS().params
 
     def snippet(self, roi_head: str) -> str:
-        """The lines to paste into a config that has this setting; ``roi_head`` of :mod:`mmdet_softnms.roi_heads`."""
+        """The lines to paste into a config that has this setting; ``roi_head`` of :mod:`mmdet_softnms.models`."""
         kind = (
             self.name if isinstance(self.rule, MmcvNMS) else f'{type(self.rule).__module__.split(".")[0]}.{self.name}'
         )

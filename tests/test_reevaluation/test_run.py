@@ -14,11 +14,12 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdet_softnms.reevaluation.candidates import collect, plug
-from mmdet_softnms.reevaluation.engine import reevaluate
-from mmdet_softnms.reevaluation.settings import default_settings
-from mmdet_softnms.reevaluation.store import ReevaluationError
-from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates.forward import collect
+from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.reevaluation.run import reevaluate
+from mmdet_softnms.reevaluation.scoring.settings import default_settings
+from mmdet_softnms.reevaluation.scoring.sweep import detections
 from tests.tiny_dataset import CLASSES, make_project
 
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -154,7 +155,7 @@ def test_no_detection_at_all_is_an_ap_of_zero(project):
 
 def test_masks_are_left_out_and_said_so(project):
     cfg = Config.fromfile(project.coco_config)
-    from mmdet_softnms.reevaluation.report import to_table
+    from mmdet_softnms.reevaluation.report.table import to_table
     from tests.tiny import tiny_config
 
     masks = tiny_config('mask', num_classes=len(CLASSES)).model.roi_head

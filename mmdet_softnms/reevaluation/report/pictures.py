@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import mmcv
-import numba
 import numpy as np
 from mmengine.structures import InstanceData
 from mmengine.visualization import Visualizer
 from PIL import Image
 
-from mmdet_softnms.reevaluation.engine import Session
-from mmdet_softnms.reevaluation.metrics import IOU_THRS, RECALLS
-from mmdet_softnms.reevaluation.selection import Matches, Objects, _interpolated, match, match_image
-from mmdet_softnms.reevaluation.settings import Setting
-from mmdet_softnms.reevaluation.sweep import detections
+from mmdet_softnms.reevaluation.choice.resampling import image_ap
+from mmdet_softnms.reevaluation.result import Session
+from mmdet_softnms.reevaluation.scoring.matching import Objects, match, match_image
+from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS
+from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.sweep import detections
 
 #: Detections below it are drawn only where they recover or lose an object.
 PICTURE_SCORE_THR = 0.3
@@ -55,45 +55,6 @@ class Picture:
     def gain(self) -> float:
         """AP after minus before."""
         return self.ap[1] - self.ap[0]
-
-
-def image_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
-    """(I,) AP of every image alone, its classes weighted by their objects; -1 where it has no object."""
-    label = np.repeat(np.arange(counts.shape[1]), np.diff(matches.starts))
-    order = np.argsort(matches.image * counts.shape[1] + label, kind='stable')
-    cells = (matches.image.astype(np.int64) * counts.shape[1] + label)[order]
-    starts = np.searchsorted(cells, np.arange(counts.size + 1))
-    return _image_ap(matches.true[order], matches.ignored[order], starts, counts, len(IOU_THRS), RECALLS)
-
-
-@numba.njit(cache=True)
-def _image_ap(true, ignored, starts, counts, num_thresholds, recalls):  # type: ignore[no-untyped-def]
-    num_images, num_classes = counts.shape
-    result = np.full(num_images, -1.0)
-    for i in range(num_images):
-        total, objects = 0.0, 0
-        for k in range(num_classes):
-            if counts[i, k] == 0:
-                continue
-            objects += counts[i, k]
-            begin, end = starts[i * num_classes + k], starts[i * num_classes + k + 1]
-            for t in range(num_thresholds):
-                bit = np.uint16(1 << t)
-                precision = np.zeros(end - begin)
-                recall = np.zeros(end - begin)
-                hits, among = 0, 0
-                for d in range(begin, end):
-                    if ignored[d] & bit:
-                        continue
-                    among += 1
-                    if true[d] & bit:
-                        precision[hits] = (hits + 1) / among
-                        recall[hits] = (hits + 1) / counts[i, k]
-                        hits += 1
-                total += counts[i, k] * _interpolated(precision, recall, hits, recalls)
-        if objects:
-            result[i] = total / (objects * num_thresholds)
-    return result
 
 
 def draw_pictures(session: Session, before: Setting, after: Setting, number: int) -> tuple[list[Picture], str]:

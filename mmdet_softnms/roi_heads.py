@@ -1,7 +1,7 @@
-"""RoI heads whose suppression is a registered rule, and R-FCN."""
+"""RoI heads by import, for mmengine's pure Python configs: ``roi_head=dict(type=SoftNMSRoIHead, ...)``."""
 
-from mmdet_softnms.roi_heads.rfcn import RFCNBBoxHead, RFCNRoIHead, RFCNRPNHead
-from mmdet_softnms.roi_heads.soft_nms_roi_heads import (
+from mmdet_softnms.models.rfcn import RFCNBBoxHead, RFCNRoIHead, RFCNRPNHead
+from mmdet_softnms.models.roi_heads import (
     SoftNMSCascadeRoIHead,
     SoftNMSDoubleHeadRoIHead,
     SoftNMSMixin,

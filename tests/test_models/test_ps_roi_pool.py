@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from mmdet_softnms.layers import KINDS, ps_roi_pool
+from mmdet_softnms.models.ps_roi_pool import KINDS, ps_roi_pool
 
 SCALE = 1 / 16
 # xyxy in pixels of an image of 160 x 112 (a map of 10 x 7): inside, one pixel, no area, inverted, partly and wholly

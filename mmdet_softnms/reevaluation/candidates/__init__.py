@@ -1,0 +1,1 @@
+"""Raw candidates of a test set: from a config to a store on disk."""

@@ -1,0 +1,1 @@
+"""Which setting to use, and what choosing it is worth."""

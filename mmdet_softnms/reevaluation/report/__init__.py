@@ -1,0 +1,1 @@
+"""A result as people read it: table, figures, pictures, page."""

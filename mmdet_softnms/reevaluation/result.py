@@ -1,0 +1,52 @@
+"""What a re-evaluation gives."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from mmdet_softnms.reevaluation.candidates.store import Candidates
+from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
+from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.sweep import Row
+
+Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
+
+
+@dataclass
+class Session:
+    """What a run has in memory, for what is computed on top of the table: choice of settings, pictures."""
+
+    settings: list[Setting]
+    candidates: Candidates
+    truth: GroundTruth
+    image_paths: list[str]
+
+
+@dataclass
+class Reevaluation:
+    """The result of one forward pass under several settings."""
+
+    dataset: str
+    num_images: int
+    num_candidates: int
+    masks_left_out: bool
+    store: str  # folder of the candidates
+    store_bytes: int
+    forward_images: int  # that went through the network in this run; 0 where a store was found
+    forward_seconds: float
+    rows: list[Row]
+    notes: list[str]
+    session: Session = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``reevaluation.json`` holds it."""
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != 'session'}
+        return named | dict(rows=[asdict(row) for row in self.rows])
+
+
+def no_candidates(store: str) -> str:
+    """What to say where the network found nothing at all."""
+    return (
+        f'{store} holds not one candidate above the smallest score_thr; is this the checkpoint of this config, and did '
+        'its training diverge?'
+    )

@@ -1,0 +1,1 @@
+"""Settings to numbers: suppression of stored candidates and metrics of the detections."""
