@@ -42,8 +42,8 @@ class RFCNBBoxHead(BBoxHead):
         output_size: P; there are ``(K + 1) * P * P`` score maps and ``4 * P * P`` box maps.
         stride: pixels of the image for one pixel of the feature map.
         pooling: a kind of :func:`mmdet_softnms.models.ps_roi_pool.ps_roi_pool`. ``caffe``, the default, is what the
-            authors' weights were trained with and the cheapest; ``bilinear`` is the Soft-NMS authors', who found it about 1 %
-            better on COCO; ``deformable`` adds offset maps, as Deformable R-FCN does.
+            authors' weights were trained with and the cheapest; ``bilinear`` is the Soft-NMS authors', who found
+            it about 1 % better on COCO; ``deformable`` adds offset maps, as Deformable R-FCN does.
         trans_std: how far an offset of 1 moves a bin, in RoI sizes; for ``deformable``.
         ohem: train on so many RoIs an image, those of largest total loss, with no quota for either kind (section 2 of
             the R-FCN paper). The sampler should then hand over every RoI. None: on all that the sampler chose.

@@ -11,8 +11,8 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.structures import InstanceData
 
+from mmdet_softnms.models import rfcn as rfcn_module
 from mmdet_softnms.roi_heads import RFCNBBoxHead
-from mmdet_softnms.roi_heads import rfcn as rfcn_module
 from tests.tiny import tiny_rfcn_model
 
 POOLINGS = ['caffe', 'torchvision', 'bilinear', 'deformable']
