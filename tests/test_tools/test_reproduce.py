@@ -1,7 +1,6 @@
 """tools/reproduce.py: what is published, what has to be there, and the verdict."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,10 +27,9 @@ RESULT_NAMES = {'AP': 'box AP', 'VOC07_AP50': 'VOC07 AP50'}
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('reproduce', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from mmdet_softnms.cli import reproduce
+
+    return reproduce
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The commands: ``python -m mmdet_softnms reevaluate|reproduce|export|benchmark``, one module each."""

@@ -1,0 +1,273 @@
+"""One forward pass, every answer: re-evaluate a two-stage detector's checkpoint under other suppressions.
+
+    python tools/reevaluate.py CONFIG CHECKPOINT [--work-dir DIR] [--cfg-options KEY=VALUE ...] [--launcher ...]
+    python tools/reevaluate.py CONFIG CHECKPOINT --sweep SoftNMS.sigma=0.1:1.0:0.1 SoftNMS.iou_threshold=0.1:0.7:0.1
+    python tools/reevaluate.py CONFIG CHECKPOINT --select
+
+Prints a table and writes DIR/reevaluation.json, report.html and report.md. The network's raw candidates are stored in
+DIR/candidates as they come: a run that was interrupted is taken up, and the next question needs no forward pass.
+CONFIG is any mmdet config of a detector with a standard, cascade or double-head RoI head, or an R-FCN; nothing in it
+has to be changed.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line, in mmdet's style."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='mmdet config')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('--work-dir', help='for results, candidates and logs; default: work_dirs/NAME_OF_CONFIG')
+    parser.add_argument('--score-thr', type=float, default=1e-3, help='shared by the rows of the table (%(default)s)')
+    parser.add_argument('--max-per-img', type=int, default=100, help='shared by the rows of the table (%(default)s)')
+    parser.add_argument('--min-score', type=float, default=1e-3, help='of the soft rules (%(default)s)')
+    parser.add_argument(
+        '--sweep',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='GRID',
+        help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES: '
+        'first:last:step or a list with commas',
+    )
+    parser.add_argument(
+        '--select',
+        nargs='?',
+        const='AP',
+        choices=['AP', 'AP50', 'AP75'],
+        help='choose a setting by this metric (AP), and say what the choice is worth on images it was not tuned on',
+    )
+    parser.add_argument('--folds', type=int, default=5, help='of --select without a tuning split (%(default)s)')
+    parser.add_argument('--resamples', type=int, default=1000, help='of the bootstrap of --select (%(default)s)')
+    parser.add_argument(
+        '--tune-on',
+        choices=['auto', 'val', 'folds'],
+        default='auto',
+        help="of --select: the config's val_dataloader, or k-fold over the test set; auto: val if it is another split",
+    )
+    parser.add_argument('--store', help='candidates made elsewhere (a folder DIR/candidates/...), taken as they are')
+    parser.add_argument('--processes', type=int, help='for sweeps; default: one a core where it is worth it')
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+class Display:
+    """What is seen while it runs, on stderr: bars with the time left and, for a sweep, its best rows so far.
+
+    Drawn from this thread only: mmdet's VOC evaluation forks, and a fork must not meet another thread holding a lock.
+    """
+
+    def __init__(self, sweep: bool, quiet: bool) -> None:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bars = Progress(
+            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn('left'), TimeRemainingColumn(), auto_refresh=False,
+        )  # fmt: skip
+        self._group, self._sweep = Group, sweep
+        self._console = Console(stderr=True, quiet=quiet)
+        self.live = Live(self._bars, console=self._console, auto_refresh=False)
+        self._tasks: dict[str, Any] = {}
+        self._rows: list[Any] = []
+        self._drawn = 0.0
+
+    def __enter__(self) -> 'Display':
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+        if not self._console.is_terminal:  # rich leaves the last bar's line open there
+            self._console.print()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Move a bar."""
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+        if done == total or time.monotonic() - self._drawn > 0.1:
+            self.live.refresh()
+            self._drawn = time.monotonic()
+
+    def on_row(self, row: Any, done: int, total: int) -> None:
+        """Show a finished row."""
+        from mmdet_softnms.reevaluation.report.table import rows_table
+
+        self._rows.append(row)
+        if self._sweep and self._console.is_terminal:
+            best = sorted(self._rows, key=lambda one: -one.metrics['AP'])[:8]
+            self.live.update(self._group(rows_table(best, f'best of {done} so far', among=self._rows), self._bars))
+        self.progress('settings', done, total)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Re-evaluate, print the table, write the files."""
+    from mmengine.config import Config
+    from mmengine.dist import is_main_process
+
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.candidates.forward import start_processes
+    from mmdet_softnms.reevaluation.choice.plan import plan_choice
+    from mmdet_softnms.reevaluation.choice.selection import choose
+    from mmdet_softnms.reevaluation.run import only_run_in, reevaluate
+    from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP
+
+    if not Path(args.config).is_file():
+        raise ReevaluationError(f'config {args.config} does not exist')
+    try:
+        cfg = Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:  # a config is a program: whatever it raises is about the config
+        raise ReevaluationError(f'config {args.config} cannot be read: {type(error).__name__}: {error}') from error
+    if args.processes is not None and args.processes < 1:
+        raise ReevaluationError(f'--processes must be at least 1, got {args.processes}')
+    allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
+    load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # before anything slow
+    cfg.launcher = args.launcher
+    work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
+    sweep = args.sweep or (DEFAULT_SWEEP if args.select else ())
+    start_processes(args.launcher)
+    lock = only_run_in(work_dir) if is_main_process() else None
+
+    with Display(sweep=bool(sweep), quiet=not is_main_process()) as display:
+        plan = None
+        if args.select and is_main_process():  # before anything slow
+            plan = plan_choice(
+                cfg,
+                criterion=args.select,
+                num_folds=args.folds,
+                resamples=args.resamples,
+                tune_on=args.tune_on,
+                check_images=not args.store,
+                say=display.say,
+            )
+        result = reevaluate(
+            cfg,
+            args.checkpoint,
+            work_dir=work_dir,
+            score_thr=args.score_thr,
+            max_per_img=args.max_per_img,
+            min_score=args.min_score,
+            sweep=sweep,
+            store=args.store,
+            processes=args.processes,
+            trust_checkpoint=args.trust_checkpoint,
+            progress=display.progress,
+            on_row=display.on_row,
+            say=display.say,
+        )
+        if result is None:  # not the main process
+            return
+        selection = None
+        if plan is not None:
+            selection = choose(
+                result,
+                plan,
+                args.checkpoint,
+                work_dir,
+                processes=args.processes,
+                trust_checkpoint=args.trust_checkpoint,
+                progress=display.progress,
+                say=display.say,
+            )
+    write(args, cfg, result, selection, work_dir)
+    if lock is not None:
+        lock.release()
+
+
+def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_dir: Path) -> None:
+    """Everything a reader gets: the table on the screen, the JSON, the report."""
+    from rich.console import Console
+
+    from mmdet_softnms import __version__
+    from mmdet_softnms.files import sha256, write_json
+    from mmdet_softnms.reevaluation.report.page import write_report
+    from mmdet_softnms.reevaluation.report.table import selection_text, to_table
+    from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
+
+    content = {
+        'config': args.config,
+        'checkpoint': args.checkpoint,
+        'checkpoint_sha256': sha256(args.checkpoint),
+        'version': __version__,
+        **result.to_dict(),
+    }
+    chosen = ''
+    if selection is not None:
+        content['selection'] = selection.to_dict()
+        chosen = selection_text(selection, result, cfg)
+    write_json(work_dir / 'reevaluation.json', content)
+    out = Console()
+    Console(width=max(out.width, 200)).print(to_table(result, selection))
+    if chosen:
+        print(chosen)
+    command = shlex.join(['python', 'tools/reevaluate.py', *sys.argv[1:]])
+    title = Path(args.config).stem
+    pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
+    forget_partial(work_dir)
+    print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
+
+
+def _terminated(number: int, frame: object) -> None:
+    """What a scheduler sends before it kills: an exception, so that processes and temporary files are cleared away."""
+    sys.exit('terminated: earlier results are intact; run again, and finished shards and rows are taken up')
+
+
+def main() -> None:
+    """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
+    try:
+        from mmdet_softnms.registry import MODELS  # noqa: F401
+    except ImportError as error:
+        sys.exit(f'error: {error}')
+    from mmdet_softnms.checkpoint import CheckpointError
+    from mmdet_softnms.files import ReevaluationError
+
+    args = parse_args()
+    signal.signal(signal.SIGTERM, _terminated)
+    warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
+    try:
+        run(args)
+    except (ReevaluationError, CheckpointError) as error:
+        sys.exit(f'error: {error}')
+    except OSError as error:
+        sys.exit(
+            f'error: {error}; earlier results are intact, and finished shards and rows are taken up by the next run'
+        )
+    except KeyboardInterrupt:
+        print(
+            'interrupted: earlier results are intact; run again, and finished shards and rows are taken up',
+            file=sys.stderr,
+        )
+        sys.exit(130)

@@ -1,0 +1,256 @@
+"""Measure a published number again: fetch what it names, run this, and read pass, fail or not comparable.
+
+    python tools/reproduce.py NAME [--dry-run] [--weights FILE] [--data-root DIR] [--work-dir DIR] [--cfg-options ...]
+    python tools/reproduce.py --list
+
+NAME is a model of the metafiles (configs/*/metafile.yml), where what is published stands with its source and its
+tolerance. Data or weights that are missing are named with where to get them, where to put them, and their checksums.
+The numbers come from the same re-evaluation as those of tools/reevaluate.py. DIR/reproduction.json holds all of it.
+
+Exit status: 0 pass, 1 fail or bad input, 2 not comparable (nothing published, a split whose annotations are not
+public, other data, other weights, or other settings than the published ones).
+"""
+
+import argparse
+import difflib
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# A clone, or where a wheel carries the configs (pyproject.toml: .mim).
+_PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
+
+STATUS = {'pass': 0, 'fail': 1, 'not comparable': 2}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves exit status 2, argparse's own for a wrong command line, to what the head of this file says."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f'{self.format_usage()}error: {message}\n')
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line, in mmdet's style."""
+    from mmengine.config import DictAction
+
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', nargs='?', help='a model of the metafiles; --list prints all')
+    parser.add_argument('--list', action='store_true', help='print every model with what is published, and its source')
+    parser.add_argument('--dry-run', action='store_true', help='check config, data and weights; run no network')
+    parser.add_argument('--weights', help='checkpoint, if not where the metafile expects it')
+    parser.add_argument('--data-root', help="instead of the config's test_dataloader.dataset.data_root")
+    parser.add_argument('--work-dir', help='for reproduction.json and logs; default: work_dirs/reproduce/NAME')
+    parser.add_argument('--metafile', help='a metafile or model index of your own; default: that of the project')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
+    args = parser.parse_args(arguments)
+    if (args.name is None) != args.list:
+        parser.error('give the NAME of a model, or --list')
+    return args
+
+
+def print_list(models: dict[str, Any]) -> None:
+    """Every model with what is published for it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption='tolerance in points; -: not comparable, see the metafile', caption_justify='left')
+    for column in ('name', 'row', 'metric', 'published %', 'tolerance', 'split', 'source'):
+        table.add_column(column, overflow='fold', no_wrap=column == 'name')
+    for model in models.values():
+        for number, one in enumerate(model.published):
+            tolerance = '-' if one.tolerance is None else f'{one.tolerance:g}'
+            name = model.name if number == 0 else ''
+            table.add_row(name, one.row_label, one.metric, f'{one.value:g}', tolerance, one.split, one.source)
+        if not model.published:
+            table.add_row(model.name, '', '', '', '-', model.split.name, f'no published number: {model.unpublished}')
+    console = Console()
+    Console(width=max(console.width, 180)).print(table)
+
+
+def load_config(model: Any, args: argparse.Namespace) -> Any:
+    """The model's config with the settings of the published number, the data root, and the user's options."""
+    from mmengine.config import Config
+
+    from mmdet_softnms.files import ReevaluationError
+
+    try:
+        cfg = Config.fromfile(model.config)
+        cfg.merge_from_dict(model.options)
+        if args.data_root:
+            root, old = f'{args.data_root.rstrip("/")}/', cfg.test_dataloader.dataset.data_root
+            cfg.test_dataloader.dataset.data_root = root
+            evaluators = cfg.test_evaluator
+            for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+                if str(evaluator.get('ann_file', '')).startswith(old):
+                    evaluator.ann_file = root + evaluator.ann_file.removeprefix(old)
+        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:  # a config is a program: whatever it raises is about the config
+        raise ReevaluationError(f'config {model.config} cannot be used: {type(error).__name__}: {error}') from error
+    cfg.launcher = 'none'
+    return cfg
+
+
+def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
+    """Re-evaluate, with a progress bar drawn from this thread: mmdet's VOC evaluation forks."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mmdet_softnms.reevaluation.run import reevaluate
+
+    bar = Progress(console=Console(stderr=True), auto_refresh=False)
+    tasks: dict[str, Any] = {}
+    drawn = 0.0
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal drawn
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done)
+        if done == total or time.monotonic() - drawn > 0.1:
+            bar.refresh()
+            drawn = time.monotonic()
+
+    with bar:
+        return reevaluate(cfg, checkpoint, work_dir=work_dir, progress=progress)
+
+
+def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
+    """Published beside measured, in %; below it, why one of them does not compare where others do."""
+    from rich.table import Table
+
+    notes = dict.fromkeys(one.reason for one in comparisons if one.verdict == 'not comparable')
+    if all(one.verdict == 'not comparable' for one in comparisons):
+        notes = {}  # the verdict says it
+    table = Table(title=f'{model.name} on {model.split.name}', caption='\n'.join(notes), caption_justify='left')
+    for column in ('row', 'metric', 'published', 'measured', 'difference', 'tolerance', 'verdict'):
+        table.add_column(column, no_wrap=True)
+    for one in comparisons:
+        published = one.published
+        numbers = [published.value, one.measured, one.difference, published.tolerance]
+        formats = ('{:g}', '{:.2f}', '{:+.2f}', '{:g}')
+        cells = ['-' if number is None else text.format(number) for text, number in zip(formats, numbers, strict=True)]
+        table.add_row(published.row_label, published.metric, *cells, one.verdict)
+    return table
+
+
+def versions() -> dict[str, str]:
+    """Of everything the numbers depend on."""
+    import mmcv
+    import mmdet
+    import mmengine
+    import torch
+
+    import mmdet_softnms
+
+    modules = (torch, mmcv, mmengine, mmdet, mmdet_softnms)
+    return {'python': platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, measure, compare, write; the exit status."""
+    from rich.console import Console
+
+    from mmdet_softnms.checkpoint import CheckpointError, forbid_unsafe_loading
+    from mmdet_softnms.files import ReevaluationError, sha256, write_json
+    from mmdet_softnms.reevaluation import reproduction
+    from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
+
+    index = Path(args.metafile) if args.metafile else PROJECT / 'model-index.yml'
+    models = reproduction.load_models(index, PROJECT)
+    if args.list:
+        print_list(models)
+        return 0
+    if args.name not in models:
+        similar = difflib.get_close_matches(args.name, models, n=3)
+        hint = f'did you mean {" or ".join(similar)}? ' if similar else ''
+        raise ReevaluationError(f'no model {args.name} in {index.name}; {hint}--list prints all names')
+    model = models[args.name]
+    checkpoint = Path(args.weights) if args.weights else model.weights.place
+    forbid_unsafe_loading()
+
+    cfg = load_config(model, args)
+    caveats = [reproduction.check_options(args.cfg_options)]
+    problems: list[str] = []  # all that is missing, not only the first of it
+    try:
+        caveats.append(reproduction.check_data(cfg, model.split))
+    except ReevaluationError as error:
+        problems.append(str(error))
+    try:
+        if checkpoint is None:
+            raise ReevaluationError(f'there is no checkpoint of {model.name} to fetch: {model.weights.fetch}')
+        caveats.append(reproduction.check_checksum(checkpoint, model.weights))
+        if args.dry_run:
+            reproduction.check_model(cfg, checkpoint)
+    except (ReevaluationError, CheckpointError) as error:
+        problems.append(str(error))
+    if problems or checkpoint is None:
+        raise ReevaluationError('\nerror: '.join(problems))
+    caveats = [caveat for caveat in caveats if caveat]
+
+    if args.dry_run:
+        for one in model.published:
+            state = f'within {one.tolerance:g}' if one.tolerance is not None else f'not comparable: {one.because}'
+            print(f'published: {one.row_label} {one.metric} {one.value:g} on {one.split}, {state}')
+        print(f'dry run: config, data ({model.split.name}) and weights ({checkpoint}) are there and fit')
+        if not caveats and any(one.tolerance is not None for one in model.published):
+            print('a run would compare')
+            return 0
+        why = '; '.join(caveats) or model.unpublished or 'see above'
+        print(f'a run would not be comparable: {why}')
+        return STATUS['not comparable']
+
+    work_dir = Path(args.work_dir or Path('work_dirs/reproduce') / model.name)
+    result = measure(cfg, checkpoint, work_dir)
+    comparisons = reproduction.compare(model, result.rows, caveats)
+    verdict, reason = reproduction.overall(model, comparisons)
+    content = {
+        'name': model.name,
+        'verdict': verdict,
+        'reason': reason,
+        'split': model.split.name,
+        'num_images': result.num_images,
+        'checkpoint': str(checkpoint),
+        'checkpoint_sha256': sha256(checkpoint),
+        'options': {**model.options, **args.cfg_options},
+        'comparisons': [one.to_dict() for one in comparisons],
+        'rows': [{key: getattr(row, key) for key in ('rule', 'params', 'metrics', 'source')} for row in result.rows],
+        'versions': versions(),
+    }
+    write_json(work_dir / 'reproduction.json', content)
+    forget_partial(work_dir)  # the next run measures again
+    if comparisons:
+        Console(width=max(Console().width, 140)).print(to_table(model, comparisons))
+    else:
+        (own,) = (row.metrics for row in result.rows if row.source == 'config')
+        print(f'measured: {", ".join(f"{key} {100 * own[key]:.2f}" for key in ("AP", "VOC07_AP50") if key in own)}')
+    print(f'{verdict}: {reason}')
+    print(f'written: {work_dir / "reproduction.json"}')
+    return STATUS[verdict]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; one clear line for each thing that is missing or wrong, nothing half-written ever."""
+    try:
+        from mmdet_softnms.registry import MODELS  # noqa: F401
+    except ImportError as error:
+        sys.exit(f'error: {error}')
+    from mmdet_softnms.checkpoint import CheckpointError
+    from mmdet_softnms.files import ReevaluationError
+
+    args = parse_args(arguments)
+    warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
+    try:
+        return run(args)
+    except (ReevaluationError, CheckpointError) as error:
+        sys.exit(f'error: {error}')
+    except OSError as error:
+        sys.exit(f'error: {error}; earlier results are intact')
+    except KeyboardInterrupt:
+        print('interrupted: nothing was written, earlier results are intact', file=sys.stderr)
+        sys.exit(130)
