@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 100_000

@@ -204,9 +204,7 @@ def run(args: argparse.Namespace) -> None:
         lock.release()
 
 
-def write(
-    args: argparse.Namespace, cfg: Any, checkpoint: Path, result: Any, selection: Any, work_dir: Path
-) -> None:
+def write(args: argparse.Namespace, cfg: Any, checkpoint: Path, result: Any, selection: Any, work_dir: Path) -> None:
     """Everything a reader gets: the table on the screen, the JSON, the report."""
     from rich.console import Console
 

@@ -47,6 +47,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--data-root', help="instead of the config's test_dataloader.dataset.data_root")
     parser.add_argument('--work-dir', help='for reproduction.json and logs; default: work_dirs/reproduce/NAME')
     parser.add_argument('--metafile', help='a metafile or model index of your own; default: that of the project')
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
     args = parser.parse_args(arguments)
     if (args.name is None) != args.list:
@@ -99,7 +102,7 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
     return cfg
 
 
-def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
+def measure(cfg: Any, checkpoint: Path, work_dir: Path, trust_checkpoint: bool = False) -> Any:
     """Re-evaluate, with a progress bar drawn from this thread: mmdet's VOC evaluation forks."""
     from rich.console import Console
     from rich.markup import escape
@@ -121,7 +124,7 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
             drawn = time.monotonic()
 
     with bar:
-        return reevaluate(cfg, checkpoint, work_dir=work_dir, progress=progress)
+        return reevaluate(cfg, checkpoint, work_dir=work_dir, trust_checkpoint=trust_checkpoint, progress=progress)
 
 
 def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
@@ -165,7 +168,12 @@ def run(args: argparse.Namespace) -> int:
     """Check, measure, compare, write; the exit status."""
     from rich.console import Console
 
-    from mmdet_softnms.checkpoint import CheckpointError, forbid_unsafe_loading, local_checkpoint
+    from mmdet_softnms.checkpoint import (
+        CheckpointError,
+        allow_unsafe_loading,
+        forbid_unsafe_loading,
+        local_checkpoint,
+    )
     from mmdet_softnms.files import ReevaluationError, sha256, write_json
     from mmdet_softnms.reevaluation import reproduction
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
@@ -180,8 +188,8 @@ def run(args: argparse.Namespace) -> int:
         hint = f'did you mean {" or ".join(similar)}? ' if similar else ''
         raise ReevaluationError(f'no model {args.name} in {index.name}; {hint}--list prints all names')
     model = models[args.name]
-    forbid_unsafe_loading()
-    checkpoint = local_checkpoint(args.weights) if args.weights else model.weights.place
+    checkpoint = model.weights.place
+    allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
 
     cfg = load_config(model, args)
     caveats = [reproduction.check_options(args.cfg_options)]
@@ -191,11 +199,13 @@ def run(args: argparse.Namespace) -> int:
     except ReevaluationError as error:
         problems.append(str(error))
     try:
+        if args.weights:
+            checkpoint = local_checkpoint(args.weights, trust=args.trust_checkpoint)
         if checkpoint is None:
             raise ReevaluationError(f'there is no checkpoint of {model.name} to fetch: {model.weights.fetch}')
         caveats.append(reproduction.check_checksum(checkpoint, model.weights))
         if args.dry_run:
-            reproduction.check_model(cfg, checkpoint)
+            reproduction.check_model(cfg, checkpoint, trust=args.trust_checkpoint)
     except (ReevaluationError, CheckpointError) as error:
         problems.append(str(error))
     if problems or checkpoint is None:
@@ -215,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
         return STATUS['not comparable']
 
     work_dir = Path(args.work_dir or Path('work_dirs/reproduce') / model.name)
-    result = measure(cfg, checkpoint, work_dir)
+    result = measure(cfg, checkpoint, work_dir, args.trust_checkpoint)
     comparisons = reproduction.compare(model, result.rows, caveats)
     verdict, reason = reproduction.overall(model, comparisons)
     content = {

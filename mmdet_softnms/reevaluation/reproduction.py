@@ -316,7 +316,7 @@ def check_checksum(path: Path, weights: Weights) -> str:
     return found
 
 
-def check_model(cfg: Config, checkpoint: Path) -> None:
+def check_model(cfg: Config, checkpoint: Path, *, trust: bool = False) -> None:
     """Build the model without running it.
 
     Raises:
@@ -329,7 +329,7 @@ def check_model(cfg: Config, checkpoint: Path) -> None:
         model = MODELS.build(copy.deepcopy(cfg.model))  # building writes into the config
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
-    check_weights(model, checkpoint)
+    check_weights(model, checkpoint, trust=trust)
 
 
 def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:

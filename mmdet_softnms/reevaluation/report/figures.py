@@ -60,12 +60,13 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
             axes.plot(values, [100 * value for value in values_of], **style)
         if min(values) > 0 and max(values) / min(values) >= 100:
             axes.set_xscale('log')
-        axes.set(xlabel=symbol, ylabel='%' if reference is None else 'points over hard NMS, IoU 0.5')
+        axes.set(xlabel=plain(symbol), ylabel='%' if reference is None else 'points over hard NMS, IoU 0.5')
         axes.grid(alpha=0.3)
     if baseline is not None:
         absolute.axhline(100 * baseline.metrics['AP'], color='black', ls='--', lw=1, label='AP of hard NMS, IoU 0.5')
         gains.axhline(0, color='black', ls='--', lw=1)
-    figure.suptitle(' '.join(word for word in (rule, method, 'over', symbol, _at(name, points[0][1], rows)) if word))
+    words = (rule, method, 'over', symbol, _at(name, points[0][1], rows))
+    figure.suptitle(plain(' '.join(word for word in words if word)))
     figure.legend(*absolute.get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
     return figure
 
@@ -84,7 +85,7 @@ def precision_recall_figure(baseline: Row, best: Row) -> Figure:
         colour = colormaps['tab10'](number)
         for row, style in ((baseline, '--'), (best, '-')):
             if name in row.precision:
-                label = f'IoU {int(name[2:]) / 100:.2f}, {"hard NMS" if row is baseline else row.rule}'
+                label = f'IoU {int(name[2:]) / 100:.2f}, {"hard NMS" if row is baseline else plain(row.rule)}'
                 axes.plot(RECALLS, row.precision[name], style, color=colour, lw=1.5, label=label)
     axes.set(
         title='Precision over recall, mean of classes', xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02)
@@ -106,8 +107,7 @@ def class_gain_figure(baseline: Row, best: Row) -> Figure:
     shown = gains if len(gains) <= _MAX_BARS else gains[: _MAX_BARS // 2] + gains[-_MAX_BARS // 2 :]
     figure = Figure(figsize=(6.4, max(2.0, 0.8 + 0.2 * len(shown))), layout='constrained')
     axes = figure.subplots()
-    # Escaped: matplotlib takes a pair of dollars in a class name for mathematics.
-    names = [name.replace('$', r'\$') for _, name in shown]
+    names = [plain(name) for _, name in shown]
     axes.barh(
         range(len(shown)),
         [gain for gain, _ in shown],
@@ -122,6 +122,11 @@ def class_gain_figure(baseline: Row, best: Row) -> Figure:
     if math.isclose(spread, 0.0):
         axes.set_xlim(-1, 1)
     return figure
+
+
+def plain(text: str) -> str:
+    """A name as it is: matplotlib takes a pair of dollars for mathematics."""
+    return text.replace('$', r'\$')
 
 
 def svg_url(figure: Figure) -> str:

@@ -1,5 +1,6 @@
 """A re-evaluation as people and programs read it: tables, ``reevaluation.json``, and one self-contained HTML page."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ def write_report(
         colours=COLOURS,
     )
     paths = [work_dir / 'report.html', work_dir / 'report.md']
-    write_whole(paths[0], page.encode())
+    write_whole(paths[0], page.encode(errors='backslashreplace'))  # a file name may be no text
     text = markdown(result, title=title, command=command, selection=selection, selection_words=selection_words)
-    write_whole(paths[1], text.encode())
+    write_whole(paths[1], text.encode(errors='backslashreplace'))
     return paths
 
 
@@ -101,7 +102,7 @@ def markdown(
     """The table for an issue, a pull request or a README; arguments as in :func:`write_report`."""
     columns = [column for column in ALL_COLUMNS if column in result.rows[0].metrics]
     heading, intervals = interval_cells(result.rows, selection)
-    lines = [f'# {title}', '', f'`{command}`', '', result.dataset, '']
+    lines = [f'# {_escaped(title)}', '', _code(command), '', _escaped(result.dataset), '']
     lines.append('| ' + ' | '.join(['rule', 'score_thr', 'max_per_img', *columns, *heading]) + ' |')
     lines.append('|---' * 3 + '|--:' * (len(columns) + len(heading)) + '|')
     for row, more in zip(result.rows, intervals, strict=True):
@@ -111,11 +112,28 @@ def markdown(
         for column in columns:
             value, _, difference = cell(row, baseline, column).partition(' ')
             cells.append(f'{value} ({difference})' if difference else value)
-        lines.append('| ' + ' | '.join([row_label(row), *around, *cells, *more]) + ' |')
-    lines += ['', *(f'{line}  ' for line in notes(result))]
+        lines.append('| ' + ' | '.join([_escaped(row_label(row)), *around, *cells, *more]) + ' |')
+    lines += ['', *(f'{_escaped(line)}  ' for line in notes(result))]
     if selection_words:
-        lines += ['', '```', selection_words.rstrip(), '```']
+        fence = _fence(selection_words, 3)
+        lines += ['', fence, selection_words.rstrip(), fence]
     return '\n'.join(lines) + '\n'
+
+
+def _escaped(text: str) -> str:
+    """Text as Markdown: nothing in it becomes a cell, a link, emphasis, mathematics, HTML or another line."""
+    return re.sub(r'([\\`*|<>&$#~\[\]]|(?<!\w)_|_(?!\w))', r'\\\1', ' '.join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Text as a code span of one line."""
+    text, fence = ' '.join(text.split()), _fence(text, 1)
+    return f'{fence} {text} {fence}' if '`' in text else f'{fence}{text}{fence}'
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than the text has in a row."""
+    return '`' * max([least, *(len(run) + 1 for run in re.findall('`+', text))])
 
 
 def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str], more: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 from rich.table import Table
+from rich.text import Text
 
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.result import Reevaluation
@@ -58,8 +59,11 @@ def rows_table(
     among: Sequence[Row] | None = None,
     selection: Selection | None = None,
 ) -> Table:
-    """Rows as a table for a terminal; baselines are looked for among all rows, where these are only some of them."""
-    table = Table(title=title, caption=caption, caption_justify='left')
+    """Rows as a table for a terminal; baselines are looked for among all rows, where these are only some of them.
+
+    Everything is text as it is: the name of a file, a class or a rule may look like rich's markup.
+    """
+    table = Table(title=Text(title, 'table.title'), caption=Text(caption, 'table.caption'), caption_justify='left')
     columns = [column for column in COLUMNS if column in rows[0].metrics]
     heading, intervals = interval_cells(rows, selection)
     table.add_column('rule', no_wrap=True)
@@ -67,13 +71,16 @@ def rows_table(
         table.add_column(column, justify='right', no_wrap=True)
     for number, (row, following) in enumerate(zip(rows, [*rows[1:], None], strict=True)):
         baseline = baseline_of(row, among or rows)
-        table.add_row(
+        cells = [
             row_label(row),
             f'{row.params["score_thr"]:g}',
             str(row.params['max_per_img']),
             *(cell(row, baseline, column) for column in columns),
             *intervals[number],
             f'{row.seconds:.2f}',
+        ]
+        table.add_row(
+            *map(Text, cells),
             end_section=row is baseline or (following is not None and is_baseline(following)),
         )
     return table

@@ -196,7 +196,7 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
 
     def values(raw: Any) -> list[Any]:
         if not isinstance(raw, list):
-            return _values(str(raw), f'{str(raw):.80} in {path}')
+            return _values(str(raw), f'{raw!s:.80} in {path}')
         if not raw or not all(isinstance(value, (bool, int, float, str)) for value in raw):
             raise ReevaluationError(f'{raw!r:.80} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
         return raw
@@ -209,7 +209,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
         )
     for entry in rules:
         if not isinstance(entry, dict) or not all(isinstance(one, str) for one in (entry.get('type'), *entry)):
-            raise ReevaluationError(f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}')
+            raise ReevaluationError(
+                f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}'
+            )
         grids.append((entry['type'], {key: values(raw) for key, raw in entry.items() if key != 'type'}))
     return grids, {name: values(content[name]) for name in _AROUND if name in content}
 
