@@ -85,6 +85,11 @@ def _function(owner: type, name: str) -> Any:
     return getattr(real, name)
 
 
+def _no_bytes() -> bytes:
+    """Stands in for ``bytes``, which a file names for those of length 0 (an empty array's) only."""
+    return b''
+
+
 def allow_zoo_types() -> None:
     """Let ``torch.load(weights_only=True)`` of this process read the types that mmengine's checkpoints hold."""
     if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4 knows no allow-list: tensors only
@@ -101,7 +106,7 @@ def allow_zoo_types() -> None:
         # Files written under numpy 1 and numpy 2 name the same function by different modules.
         allowed += [(function, f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')]
     # ``builtins`` is ``__builtin__`` in a file of pickle protocol 2, which torch translates.
-    allowed.append((_function, 'builtins.getattr'))
+    allowed += [(_function, 'builtins.getattr'), (_no_bytes, 'builtins.bytes')]
     allowed.append((_OneCycle, f'{OneCycleParamScheduler.__module__}.{OneCycleParamScheduler.__qualname__}'))
     try:
         torch.serialization.add_safe_globals(allowed)
@@ -321,11 +326,16 @@ def verify_loaded(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         CheckpointError: a weight differs, named.
     """
     state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    for key, value in model.state_dict().items():
-        if key in state_dict:
-            expected = state_dict[key].to(value)
-            if not ((value == expected) | (value != value) & (expected != expected)).all():  # NaN is what was there
-                raise CheckpointError(f'{key} of the checkpoint was not copied into the model, which differs from it')
+    # A wrapper (DistributedDataParallel, a test-time augmentation) has the prefix on its side.
+    for key, value in ((key.removeprefix('module.'), value) for key, value in model.state_dict().items()):
+        if key not in state_dict:
+            continue
+        expected = state_dict[key]
+        if _kind(expected) == _kind(value) and expected.shape == value.shape:
+            expected = expected.to(value)
+            if ((value == expected) | (value != value) & (expected != expected)).all():  # NaN is what was there
+                continue
+        raise CheckpointError(f'{key} of the checkpoint was not copied into the model, which differs from it')
 
 
 class LoadedWeights(Hook):
