@@ -42,11 +42,11 @@ def local_config(name: str | Path) -> str:
     if os.path.isfile(path):
         return path
     package, separator, inside = str(name).partition('::')
-    if separator:
+    if separator and package.isidentifier():
         if importlib.util.find_spec(package) is None:  # mmengine would install it
             raise ReevaluationError(f'config {name} does not exist: package {package} is not installed')
         try:
-            return str(get_config(str(name)).filename)
+            return str(get_config(str(name) if inside.endswith('.py') else f'{name}.py').filename)
         except Exception as error:  # a config is a program: whatever it raises is about the config
             raise ReevaluationError(
                 f'config {name} cannot be read ({type(error).__name__}: {_first_line(error)}); write '
@@ -148,7 +148,7 @@ def _fetch(url: str, place: Path, say: Callable[[str], None]) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 304:
             raise CheckpointError(
-                f'checkpoint {url} cannot be fetched: HTTP status {error.code} {error.reason}'
+                f'checkpoint {url} cannot be fetched: the server answers {error.code} {error.reason}'
             ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such URL, broken off
         if not place.is_file():
