@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html.parser
+import io
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
+from rich.console import Console
 
+from mmdet_softnms.cli.reevaluate import Display
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
 from mmdet_softnms.reevaluation.choice.selection import Selection, select
 from mmdet_softnms.reevaluation.report.figures import sensitivity_figures
@@ -30,6 +33,7 @@ from mmdet_softnms.reevaluation.report.table import (
     row_label,
     rows_table,
     selection_text,
+    to_table,
 )
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects
@@ -175,6 +179,46 @@ def test_markdown_and_screen_say_the_same(result, selection):
         assert table.row_count == len(result.rows)
         assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in [column.header for column in table.columns])
         assert ('AP gain, 95 %' in text) == (chosen is not None)
+
+
+MARKUP = '[/nope] [red]x :smile: $\\frac$ `a` | <b> *b* [a](b)'
+
+
+def _screen(table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=400).print(table)
+    return out.getvalue()
+
+
+def test_names_that_look_like_markup_are_text(result, tmp_path):
+    """rich's on the screen, Markdown's and HTML's in the report, mathematics in plots."""
+    rows = [dataclasses.replace(row, rule=MARKUP) if row.rule == 'SoftNMS' else row for row in result.rows]
+    odd = dataclasses.replace(result, rows=rows, dataset=MARKUP, notes=[MARKUP])
+    screen = _screen(to_table(odd))
+    assert screen.count(MARKUP) == 2 + sum(row.rule == MARKUP for row in rows)
+    command = f'python ``x`` {MARKUP}\n# second'
+    text = markdown(odd, title=MARKUP, command=command, selection_words=f'```\n{MARKUP}')
+    lines = text.splitlines()
+    escaped = r'\[/nope\] \[red\]x :smile: \$\\frac\$ \`a\` \| \<b\> \*b\* \[a\](b)'
+    assert lines[0] == f'# {escaped}' and f'{escaped}  ' in lines and escaped in lines
+    assert lines[2] == f'``` python ``x`` {MARKUP} # second ```'
+    assert lines[-4:] == ['````', '```', MARKUP, '````']
+    table = [line for line in lines if line.startswith('|')]
+    assert len({len(re.findall(r'(?<!\\)\|', line)) for line in table}) == 1
+    write_report(tmp_path, odd, title='\udcff', command=command)  # of a file name that is no UTF-8
+    page = _read(tmp_path / 'report.html')
+    assert MARKUP in ''.join(page.text)
+    assert {tag for tag, _ in page.tags} & {'b', 'script'} == set()
+    for figure in sensitivity_figures(rows):
+        assert r'$\frac$' not in figure.get_suptitle() and r'\$\frac\$' in figure.get_suptitle()
+
+
+def test_what_a_run_says_is_text(capsys):
+    with Display(sweep=False, quiet=False) as display:
+        display.say(MARKUP)
+        display.progress(MARKUP, 1, 1)
+    shown = capsys.readouterr().err
+    assert shown.count(MARKUP[:30]) == 2
 
 
 def test_curves_of_both_parameters_and_of_the_best_rest(result):

@@ -151,12 +151,22 @@ def test_a_sweep_without_effect_is_refused():
         'rules: 5',
         'score_thr: []',
         'score_thr: [null]',
+        'score_thr: [[1]]',
+        'score_thr: [2020-01-01]',
+        'score_thr: [!!set {a}]',
+        'rules: [{type: [SoftNMS]}]',
+        'rules: [{type: SoftNMS, 1: 2}]',
+        'rules: [{type: SoftNMS, sigma: {a: 1}}]',
+        'rules: [{type: SoftNMS, sigma: [.nan]}]',
+        '1: 2',
+        '',
     ],
 )
 def test_bad_files(tmp_path, content):
     (tmp_path / 'sweep.yml').write_text(content)
-    with pytest.raises(ReevaluationError, match='sweep.yml'):
+    with pytest.raises(ReevaluationError, match='sweep.yml|sweep over SoftNMS') as raised:
         _settings(str(tmp_path / 'sweep.yml'))
+    assert '\n' not in str(raised.value)
 
 
 def _without_times(rows):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def _run(*arguments, **options):
 def test_table_and_file(project, tmp_path):
     done = _run(project.voc_config, project.checkpoint, '--work-dir', tmp_path, '--max-per-img', 20)
     assert done.returncode == 0, done.stderr
+    assert 'terminated' not in done.stderr  # mmdet's VOC evaluation forks, and ends its processes by SIGTERM
     content = json.loads((tmp_path / 'reevaluation.json').read_text())
     assert content['num_images'] == 6
     assert [row['rule'] for row in content['rows']] == ['HardNMS', 'SoftNMS', 'SoftNMS', 'nms']
@@ -157,8 +159,38 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
         assert 'interrupted: earlier results are intact' in error
     if number == signal.SIGTERM:
         assert error.strip().splitlines()[-1].startswith('terminated: earlier results are intact')
+        assert error.count('terminated') == 1
     assert earlier.read_text() == '{"earlier": true}'
     assert [path.name for path in tmp_path.iterdir() if path.suffix == '.tmp'] == []
+
+
+@pytest.mark.parametrize('start', ['fork', 'spawn', 'forkserver'])
+def test_only_the_process_itself_says_that_it_was_terminated(start):
+    script = f"""
+import multiprocessing, os, signal, time
+from mmdet_softnms.cli.reevaluate import _listen_to_scheduler
+
+if __name__ == '__main__':
+    _listen_to_scheduler()
+    processes = multiprocessing.get_context({start!r})
+    with processes.Pool(2) as pool:
+        pool.map(abs, range(4))
+    child = processes.Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(1)
+    child.terminate()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM, child.exitcode
+    print('children done', flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+"""
+    path = Path(tempfile.mkdtemp()) / 'script.py'
+    path.write_text(script)
+    environment = dict(os.environ, PYTHONPATH=str(TOOL.parents[1]))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1 and 'children done' in done.stdout
+    assert done.stderr.strip().startswith('terminated: ') and done.stderr.count('terminated') == 1
 
 
 def test_a_work_dir_that_cannot_be_written(project, tmp_path):
