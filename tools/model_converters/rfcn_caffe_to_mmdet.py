@@ -109,9 +109,7 @@ def read_caffemodel(path: Path) -> Blobs:
             shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
             data = np.array(blob.data, dtype=np.float32)
             if data.size != math.prod(shape) or not 0 < len(shape) <= 8 or min(shape) < 1:
-                raise ConversionError(
-                    f'{path}: layer {name!r:.80} has {data.size} numbers for a blob of {shape!s:.80}'
-                )
+                raise ConversionError(f'{path}: layer {name!r:.80} has {data.size} numbers for a blob of {shape!s:.80}')
             if not np.isfinite(data).all():
                 raise ConversionError(f'{path}: layer {name!r:.80} has numbers that are not finite')
             arrays.append(data.reshape(shape))
