@@ -21,7 +21,9 @@ def run(name: str) -> None:
         SystemExit: with one line, if mmdet, a config or a checkpoint cannot be used.
     """
     try:
-        import mmdet_softnms.registry  # noqa: F401  # says in one sentence what is wrong with an installation
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     import mmdet

@@ -248,7 +248,9 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
     try:
-        from mmdet_softnms.registry import MODELS  # noqa: F401
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError
