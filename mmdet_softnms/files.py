@@ -11,6 +11,10 @@ class ReevaluationError(RuntimeError):
     """The input of a re-evaluation cannot be used; the message is one line with the remedy."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged, not allowed, or not of the model it is loaded into; one line."""
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all; an earlier one stays until the new one is complete and on disk.
 

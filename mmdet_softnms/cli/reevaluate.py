@@ -88,7 +88,7 @@ class Display:
         )
 
         self._bars = Progress(
-            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn('left'), TimeRemainingColumn(), auto_refresh=False,
         )  # fmt: skip
         self._group, self._sweep = Group, sweep
@@ -108,8 +108,10 @@ class Display:
             self._console.print()
 
     def say(self, line: str) -> None:
-        """Print a line above the bars."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        """Print a line above the bars, as it is: a path in it may look like markup."""
+        from rich.text import Text
+
+        self._console.print(Text(line), soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Move a bar."""
@@ -133,28 +135,23 @@ class Display:
 
 def run(args: argparse.Namespace) -> None:
     """Re-evaluate, print the table, write the files."""
-    from mmengine.config import Config
     from mmengine.dist import is_main_process
 
-    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint, local_checkpoint
     from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.locate import read_config
     from mmdet_softnms.reevaluation.candidates.forward import start_processes
     from mmdet_softnms.reevaluation.choice.plan import plan_choice
     from mmdet_softnms.reevaluation.choice.selection import choose
     from mmdet_softnms.reevaluation.run import only_run_in, reevaluate
     from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP
 
-    if not Path(args.config).is_file():
-        raise ReevaluationError(f'config {args.config} does not exist')
-    try:
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program: whatever it raises is about the config
-        raise ReevaluationError(f'config {args.config} cannot be read: {type(error).__name__}: {error}') from error
+    cfg = read_config(args.config, args.cfg_options)
     if args.processes is not None and args.processes < 1:
         raise ReevaluationError(f'--processes must be at least 1, got {args.processes}')
     allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
     load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # before anything slow
+    checkpoint = local_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     cfg.launcher = args.launcher
     work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
     sweep = args.sweep or (DEFAULT_SWEEP if args.select else ())
@@ -175,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
             )
         result = reevaluate(
             cfg,
-            args.checkpoint,
+            checkpoint,
             work_dir=work_dir,
             score_thr=args.score_thr,
             max_per_img=args.max_per_img,
@@ -195,19 +192,21 @@ def run(args: argparse.Namespace) -> None:
             selection = choose(
                 result,
                 plan,
-                args.checkpoint,
+                checkpoint,
                 work_dir,
                 processes=args.processes,
                 trust_checkpoint=args.trust_checkpoint,
                 progress=display.progress,
                 say=display.say,
             )
-    write(args, cfg, result, selection, work_dir)
+    write(args, cfg, checkpoint, result, selection, work_dir)
     if lock is not None:
         lock.release()
 
 
-def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_dir: Path) -> None:
+def write(
+    args: argparse.Namespace, cfg: Any, checkpoint: Path, result: Any, selection: Any, work_dir: Path
+) -> None:
     """Everything a reader gets: the table on the screen, the JSON, the report."""
     from rich.console import Console
 
@@ -220,7 +219,7 @@ def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_
     content = {
         'config': args.config,
         'checkpoint': args.checkpoint,
-        'checkpoint_sha256': sha256(args.checkpoint),
+        'checkpoint_sha256': sha256(checkpoint),
         'version': __version__,
         **result.to_dict(),
     }
@@ -240,6 +239,12 @@ def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
 
 
+def _listen_to_scheduler() -> None:
+    """SIGTERM ends this process by an exception, and a process that it forks (mmdet's VOC evaluation) as ever."""
+    signal.signal(signal.SIGTERM, _terminated)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def _terminated(number: int, frame: object) -> None:
     """What a scheduler sends before it kills: an exception, so that processes and temporary files are cleared away."""
     sys.exit('terminated: earlier results are intact; run again, and finished shards and rows are taken up')
@@ -257,7 +262,7 @@ def main() -> None:
     from mmdet_softnms.files import ReevaluationError
 
     args = parse_args()
-    signal.signal(signal.SIGTERM, _terminated)
+    _listen_to_scheduler()
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
         run(args)

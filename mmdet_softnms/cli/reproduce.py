@@ -58,6 +58,7 @@ def print_list(models: dict[str, Any]) -> None:
     """Every model with what is published for it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(caption='tolerance in points; -: not comparable, see the metafile', caption_justify='left')
     for column in ('name', 'row', 'metric', 'published %', 'tolerance', 'split', 'source'):
@@ -66,9 +67,11 @@ def print_list(models: dict[str, Any]) -> None:
         for number, one in enumerate(model.published):
             tolerance = '-' if one.tolerance is None else f'{one.tolerance:g}'
             name = model.name if number == 0 else ''
-            table.add_row(name, one.row_label, one.metric, f'{one.value:g}', tolerance, one.split, one.source)
+            cells = (name, one.row_label, one.metric, f'{one.value:g}', tolerance, one.split, one.source)
+            table.add_row(*map(Text, cells))  # as it is: what a metafile holds may look like markup
         if not model.published:
-            table.add_row(model.name, '', '', '', '-', model.split.name, f'no published number: {model.unpublished}')
+            cells = (model.name, '', '', '', '-', model.split.name, f'no published number: {model.unpublished}')
+            table.add_row(*map(Text, cells))
     console = Console()
     Console(width=max(console.width, 180)).print(table)
 
@@ -99,6 +102,7 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
 def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
     """Re-evaluate, with a progress bar drawn from this thread: mmdet's VOC evaluation forks."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from mmdet_softnms.reevaluation.run import reevaluate
@@ -110,7 +114,7 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
     def progress(what: str, done: int, total: int) -> None:
         nonlocal drawn
         if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
+            tasks[what] = bar.add_task(escape(what), total=total)
         bar.update(tasks[what], completed=done)
         if done == total or time.monotonic() - drawn > 0.1:
             bar.refresh()
@@ -123,11 +127,16 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
 def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
     """Published beside measured, in %; below it, why one of them does not compare where others do."""
     from rich.table import Table
+    from rich.text import Text
 
     notes = dict.fromkeys(one.reason for one in comparisons if one.verdict == 'not comparable')
     if all(one.verdict == 'not comparable' for one in comparisons):
         notes = {}  # the verdict says it
-    table = Table(title=f'{model.name} on {model.split.name}', caption='\n'.join(notes), caption_justify='left')
+    table = Table(
+        title=Text(f'{model.name} on {model.split.name}', 'table.title'),
+        caption=Text('\n'.join(notes), 'table.caption'),
+        caption_justify='left',
+    )
     for column in ('row', 'metric', 'published', 'measured', 'difference', 'tolerance', 'verdict'):
         table.add_column(column, no_wrap=True)
     for one in comparisons:
@@ -135,7 +144,7 @@ def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
         numbers = [published.value, one.measured, one.difference, published.tolerance]
         formats = ('{:g}', '{:.2f}', '{:+.2f}', '{:g}')
         cells = ['-' if number is None else text.format(number) for text, number in zip(formats, numbers, strict=True)]
-        table.add_row(published.row_label, published.metric, *cells, one.verdict)
+        table.add_row(*map(Text, (published.row_label, published.metric, *cells, one.verdict)))
     return table
 
 
@@ -156,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, measure, compare, write; the exit status."""
     from rich.console import Console
 
-    from mmdet_softnms.checkpoint import CheckpointError, forbid_unsafe_loading
+    from mmdet_softnms.checkpoint import CheckpointError, forbid_unsafe_loading, local_checkpoint
     from mmdet_softnms.files import ReevaluationError, sha256, write_json
     from mmdet_softnms.reevaluation import reproduction
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
@@ -171,8 +180,8 @@ def run(args: argparse.Namespace) -> int:
         hint = f'did you mean {" or ".join(similar)}? ' if similar else ''
         raise ReevaluationError(f'no model {args.name} in {index.name}; {hint}--list prints all names')
     model = models[args.name]
-    checkpoint = Path(args.weights) if args.weights else model.weights.place
     forbid_unsafe_loading()
+    checkpoint = local_checkpoint(args.weights) if args.weights else model.weights.place
 
     cfg = load_config(model, args)
     caveats = [reproduction.check_options(args.cfg_options)]

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.dist import get_dist_info, is_distributed
 
 import mmdet_softnms
+from mmdet_softnms.checkpoint import local_checkpoint
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, fingerprint
 from mmdet_softnms.reevaluation.candidates.forward import collect, start_processes
@@ -50,7 +51,7 @@ def reevaluate(
 
     Args:
         cfg: any mmdet config of a supported two-stage detector; not changed.
-        checkpoint: its weights.
+        checkpoint: its weights: a path, a URL, or whatever else mmengine's loader takes.
         work_dir: where candidates are stored, rows of an unfinished sweep are kept and mmengine logs; None: nowhere
             that stays. One run at a time may use it.
         score_thr, max_per_img: shared by the rows of the table; the config's own row keeps its own.
@@ -71,6 +72,7 @@ def reevaluate(
         OSError: no space or no permission; finished shards and rows are kept for the next run.
     """
     plug(cfg, 0.0)  # before anything slow: is it a detector that can be plugged?
+    checkpoint = local_checkpoint(checkpoint, trust=trust_checkpoint)
     if sweep:
         settings = sweep_settings(sweep, cfg, score_thr, max_per_img, min_score)
     else:

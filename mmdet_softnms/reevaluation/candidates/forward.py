@@ -28,7 +28,7 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch.utils.data import Sampler
 
-from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights
+from mmdet_softnms.checkpoint import LoadedWeights, allow_unsafe_loading, check_weights
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, execution_differences, fingerprint, hash_of
 from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, plug
@@ -288,6 +288,7 @@ def _forward(
         check_weights(model, checkpoint, trust=trust_checkpoint, ignore=MASK_PREFIXES)
         if trust_checkpoint:
             allow_unsafe_loading()
+        runner.register_hook(LoadedWeights())  # mmengine only logs a weight that it could not copy
         runner.register_hook(_ProgressHook(progress))
         try:
             runner.test()

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.fileio import load
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.registry import TASK_UTILS
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
+from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
 _RANGED = ('iou_threshold', 'sigma', 'min_score')
@@ -188,29 +188,29 @@ def _add(grid: dict[str, list[Any]], name: str, values: list[Any]) -> None:
 
 def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict[str, list[Any]]]:
     try:
-        content = load(path)
-    except Exception as error:  # whatever the YAML reader raises is about the file
-        raise ReevaluationError(f'sweep file {path} cannot be read: {type(error).__name__}: {error}') from error
+        content = read_yaml(path)
+    except YamlError as error:
+        raise ReevaluationError(f'sweep file {path} cannot be read: {error}') from error
     if not isinstance(content, dict) or set(content) - {'rules', *_AROUND}:
         raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(_AROUND)} and nothing else')
 
     def values(raw: Any) -> list[Any]:
         if not isinstance(raw, list):
-            return _values(str(raw), f'{raw} in {path}')
-        if not raw or any(value is None or isinstance(value, (list, dict)) for value in raw):
-            raise ReevaluationError(f'{raw} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
+            return _values(str(raw), f'{str(raw):.80} in {path}')
+        if not raw or not all(isinstance(value, (bool, int, float, str)) for value in raw):
+            raise ReevaluationError(f'{raw!r:.80} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
         return raw
 
     grids = []
     rules = content.get('rules') or []
     if not isinstance(rules, list):
         raise ReevaluationError(
-            f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules}'
+            f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules!r:.80}'
         )
     for entry in rules:
-        if not isinstance(entry, dict) or 'type' not in entry:
-            raise ReevaluationError(f'{entry!r} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}')
-        grids.append((str(entry['type']), {key: values(raw) for key, raw in entry.items() if key != 'type'}))
+        if not isinstance(entry, dict) or not all(isinstance(one, str) for one in (entry.get('type'), *entry)):
+            raise ReevaluationError(f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}')
+        grids.append((entry['type'], {key: values(raw) for key, raw in entry.items() if key != 'type'}))
     return grids, {name: values(content[name]) for name in _AROUND if name in content}
 
 

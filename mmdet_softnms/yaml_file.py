@@ -1,0 +1,56 @@
+"""YAML files as data: mmengine's reader would construct any Python object that a file names, and unpickle others."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MAX_BYTES = 1 << 20
+_MAX_VALUES = 100_000
+
+
+class YamlError(ValueError):
+    """The file cannot be read, or is no plain data; one line without the file's name."""
+
+
+def read_yaml(path: Path) -> Any:
+    """Lists, dicts, strings and numbers of a ``.yml`` or ``.yaml`` file.
+
+    Raises:
+        YamlError: anything else.
+    """
+    if path.suffix not in ('.yml', '.yaml'):
+        raise YamlError('only .yml and .yaml files are read')
+    try:
+        with open(path, 'rb') as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise YamlError(f'it is longer than {_MAX_BYTES} bytes')
+        content = yaml.safe_load(text.decode('utf-8-sig'))
+        _count(content, {})
+    except OSError as error:
+        raise YamlError(error.strerror or str(error)) from error
+    except yaml.MarkedYAMLError as error:
+        line = f' in line {error.problem_mark.line + 1}' if error.problem_mark else ''
+        raise YamlError(f'{error.problem or error.context}{line}') from error
+    except RecursionError as error:
+        raise YamlError('it is nested too deeply') from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:  # a date such as 2020-99-99
+        raise YamlError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+    return content
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values a value holds when its aliases are written out; a few lines can name billions.
+
+    ``known``: the counts of values by id; of one that is being counted: more than any.
+    """
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MAX_VALUES + 1  # found again inside itself
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(one, known) for one in inside)
+    if known[id(value)] > _MAX_VALUES:
+        raise YamlError(f'it holds more than {_MAX_VALUES} values when its aliases are written out')
+    return known[id(value)]
