@@ -58,7 +58,7 @@ def require_mmdet() -> None:
     except ImportError as error:
         raise ImportError(_INSTALL.format(error)) from error
     try:
-        import mmcv.ops  # noqa: F401
+        import mmcv.ops
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f'mmcv {mmcv.__version__} is installed without its compiled ops ({error}), so no detector can run; build '
@@ -66,7 +66,7 @@ def require_mmdet() -> None:
         ) from error
 
 
-class NotRegistered(KeyError):
+class NotRegisteredError(KeyError):
     """A ``type`` that no registry holds; the message is one line with the remedy."""
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ def resolve(kind: Any, registry: Registry, default_scope: str | None = None) -> 
         default_scope: of unscoped names; None: mmengine's current one, or mmdet.
 
     Raises:
-        NotRegistered: there is no such name.
+        NotRegisteredError: there is no such name.
         TypeError: it is neither a name nor something that can be called.
     """
     if isinstance(kind, (LazyAttr, LazyObject)):
@@ -126,7 +126,9 @@ def _look_up(name: str, registry: Registry, default_scope: str | None) -> Any:
     except (RuntimeError, ValueError):  # mmengine's two ways of saying that there is no such name
         found = None
     if found is None:
-        raise NotRegistered(f'{name} is not registered: there is no such {registry.root.name}, or its scope is missing')
+        raise NotRegisteredError(
+            f'{name} is not registered: no {registry.root.name} has that name, or its scope is missing'
+        )
     return found
 
 
@@ -155,7 +157,7 @@ def is_stock(nms_cfg: Mapping[str, Any]) -> bool:
     """Whether ``nms`` of a test_cfg is mmdet's own business: no type, a name of mmcv's (``'nms'``), or a function.
 
     Raises:
-        NotRegistered: an unscoped name that mmcv does not know, a rule whose scope was forgotten, say.
+        NotRegisteredError: an unscoped name that mmcv does not know, a rule whose scope was forgotten, say.
     """
     kind = _kind_of(nms_cfg)
     if not isinstance(kind, str):
@@ -164,8 +166,8 @@ def is_stock(nms_cfg: Mapping[str, Any]) -> bool:
         return False
     if not callable(_mmcv_function(kind)):
         if scopes := [scope for scope, names in _registered().items() if kind in names]:
-            raise NotRegistered(f"nms.type={kind!r} lacks its scope: write type='{scopes[0]}.{kind}'")
-        raise NotRegistered(
+            raise NotRegisteredError(f"nms.type={kind!r} lacks its scope: write type='{scopes[0]}.{kind}'")
+        raise NotRegisteredError(
             f"nms.type={kind!r} is not one of mmcv's functions (nms, soft_nms) and not a registered rule; rules are "
             f'written with their scope, as mmdet_softnms.SoftNMS'
         )
@@ -184,7 +186,7 @@ def build_rule(nms_cfg: Mapping[str, Any]) -> Rule:
     Raises:
         TypeError: an argument the rule does not have (often a key inherited from a base config: the message says how
             to drop it), or a type that is not a rule.
-        NotRegistered: no rule of that name is registered.
+        NotRegisteredError: no rule of that name is registered.
     """
     if not isinstance(nms_cfg, Mapping):
         raise TypeError(f"nms must be a dict with a type, as dict(type='mmdet_softnms.SoftNMS'), got {nms_cfg!r}")

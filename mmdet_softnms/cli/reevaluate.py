@@ -33,6 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--max-per-img', type=int, default=100, help='shared by the rows of the table (%(default)s)')
     parser.add_argument('--min-score', type=float, default=1e-3, help='of the soft rules (%(default)s)')
     parser.add_argument(
+        '--class-agnostic', action='store_true', help='boxes of different classes suppress each other, in every row'
+    )
+    parser.add_argument(
         '--sweep',
         nargs='+',
         action='extend',
@@ -177,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
             score_thr=args.score_thr,
             max_per_img=args.max_per_img,
             min_score=args.min_score,
+            class_agnostic=args.class_agnostic,
             sweep=sweep,
             store=args.store,
             processes=args.processes,

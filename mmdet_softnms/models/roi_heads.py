@@ -43,7 +43,8 @@ class SoftNMSMixin:
     bbox_head: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _check_arguments(type(self), args, kwargs)
+        if not args:
+            check_arguments(type(self), set(kwargs))
         super().__init__(*args, **kwargs)
         _refuse_foreign_bbox_heads(type(self), self.bbox_head)
         self._nms_cfg: ConfigDict | None = None
@@ -52,7 +53,7 @@ class SoftNMSMixin:
         if self.test_cfg is not None:
             if missing := [name for name in ('score_thr', 'nms', 'max_per_img') if name not in self.test_cfg]:
                 raise TypeError(
-                    f"{type(self).__name__} finds no {', '.join(missing)} in its test_cfg: model.test_cfg.rcnn has to "
+                    f'{type(self).__name__} finds no {", ".join(missing)} in its test_cfg: model.test_cfg.rcnn has to '
                     "hold score_thr, max_per_img and nms=dict(type='mmdet_softnms.SoftNMS')"
                 )
             self._rule_of(self.test_cfg)  # what is wrong with it is said now, not at the first image
@@ -208,10 +209,10 @@ def how_to_write(head: type) -> dict[str, Any]:
     return dict(type=resolve(SoftNMSRoIHead, MODELS).type, head=resolve(head, mmdet.registry.MODELS).type)
 
 
-def _parameters(head: type) -> dict[str, inspect.Parameter]:
-    """What a head can be given by name, bases included as far as ``**kwargs`` hand on."""
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """What a class can be given by name, bases included as far as ``**kwargs`` hand on."""
     known: dict[str, inspect.Parameter] = {}
-    for base in head.__mro__:
+    for base in cls.__mro__:
         if '__init__' in vars(base) and base not in (SoftNMSMixin, SoftNMSRoIHead):
             parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
             for p in parameters:
@@ -223,17 +224,16 @@ def _parameters(head: type) -> dict[str, inspect.Parameter]:
 
 
 def _takes(head: type, names: set[str]) -> bool:
-    parameters = _parameters(head)
+    parameters = parameters_of(head)
     required = {name for name, p in parameters.items() if p.default is p.empty}
     return required <= names <= set(parameters)
 
 
-def _check_arguments(head: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse the arguments of another head, and name the one they fit."""
-    names = set(kwargs)
-    if args or _takes(head, names):
+def check_arguments(head: type, names: set[str]) -> None:
+    """Raise a TypeError where these are the arguments of another head, and name the one they fit."""
+    if _takes(head, names):
         return
-    foreign = sorted(names - set(_parameters(head)))
+    foreign = sorted(names - set(parameters_of(head)))
     problem = f'takes no {", ".join(foreign)}' if foreign else 'lacks arguments'
     start = f'{head.__name__} {problem}: the config belongs to another RoI head'
     others = [getattr(mmdets, name) for name in mmdets.__all__ if name.endswith('RoIHead')]
