@@ -114,7 +114,7 @@ def resolve(kind: Any, registry: Registry, default_scope: str | None = None) -> 
     else:
         raise TypeError(f'type must be a name, a class or a function, got {kind!r}')
     scope, name = _place_of(cls, registry.root)
-    return Resolved(scope, name or getattr(cls, '__qualname__', type(cls).__name__), cls)
+    return Resolved(scope, name or str(getattr(cls, '__qualname__', type(cls).__name__)), cls)
 
 
 def _look_up(name: str, registry: Registry, default_scope: str | None) -> Any:
