@@ -170,7 +170,9 @@ def with_rules(head: type) -> type:
     if head in NAMED:
         return NAMED[head]
     # Pickled and copied by way of the head's class: this one cannot be imported by name.
-    members: dict[str, Any] = dict(__module__=__name__, __doc__=f'{head.__name__} with suppression by rule.', __reduce_ex__=_reduce)
+    members: dict[str, Any] = dict(
+        __module__=__name__, __doc__=f'{head.__name__} with suppression by rule.', __reduce_ex__=_reduce
+    )
     return type(f'SoftNMS{head.__name__}', (SoftNMSMixin, head), members)
 
 
@@ -196,7 +198,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 
 def _blank(head: type) -> Any:
-    made = with_rules(head)
+    made: Any = with_rules(head)
     return made.__new__(made)
 
 

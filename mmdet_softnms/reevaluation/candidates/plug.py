@@ -80,8 +80,8 @@ class Family:
     def num_classes(self, model: torch.nn.Module) -> int:
         """How many classes a model predicts."""
         heads: Any = model.get_submodule(self.part).bbox_head
-        number: int = (heads[-1] if isinstance(heads, torch.nn.ModuleList) else heads).num_classes
-        return number
+        head: Any = heads[-1] if isinstance(heads, torch.nn.ModuleList) else heads
+        return int(head.num_classes)
 
 
 ROI_HEADS = Family(
