@@ -155,7 +155,7 @@ assert ps_roi_pool(torch.ones(1, 49, 4, 4), torch.tensor([[0.0, 0, 0, 63, 63]]))
     ],
 )
 def test_a_missing_stack_is_one_clear_sentence(blocked, words):
-    result = _python('import mmdet_softnms.registry', blocked)
+    result = _python('from mmdet_softnms.registry import require_mmdet; require_mmdet()', blocked)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and last.startswith('ImportError: '), last
     assert words in last and f'No module named {blocked!r}' in last, last

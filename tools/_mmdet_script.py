@@ -22,14 +22,18 @@ def run(name: str) -> None:
             that the Runner loads by the config.
     """
     try:
-        import mmdet_softnms.registry  # noqa: F401  # says in one sentence what is wrong with an installation
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     import mmdet
+    from mmengine.config import Config
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
     from mmdet_softnms.files import CheckpointError, ReevaluationError
     from mmdet_softnms.locate import local_config
+    from mmdet_softnms.models.places import check_places
 
     package = Path(mmdet.__file__).parent
     candidates = [package / '.mim' / 'tools' / name, package.parent / 'tools' / name]
@@ -47,6 +51,12 @@ def run(name: str) -> None:
         checkpoint = getattr(args, 'checkpoint', None) or getattr(args, 'resume', None)
         if checkpoint not in (None, 'auto') and not trust:
             load_checkpoint(checkpoint)  # before anything slow
+        cfg = Config.fromfile(local_config(args.config))
+        cfg.merge_from_dict(args.cfg_options or {})
+        try:
+            check_places(cfg)
+        except ValueError as error:
+            sys.exit(f'error: {error}')
         runpy.run_path(str(script), run_name='__main__')
     except (CheckpointError, ReevaluationError) as error:
         sys.exit(f'error: {error}')

@@ -37,11 +37,22 @@ def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
         ExportError: a stock rule with an argument that no rule here has.
     """
     from mmdet_softnms.export import ExportError
-    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS, build_rule
+    from mmdet_softnms.registry import build_rule
+    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
 
     rule = build_rule(cfg.model.test_cfg.rcnn.nms)
     if not isinstance(rule, MmcvNMS):
+        if type(rule).__call__ is not SoftNMS.__call__:
+            raise ExportError(
+                f'{type(rule).__module__}.{type(rule).__name__} selects in its own way, which the exported graph '
+                'cannot express; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in test_cfg.rcnn.nms'
+            )
         return rule, []
+    if rule.nms_type not in ('nms', 'soft_nms'):
+        raise ExportError(
+            f'test_cfg.rcnn.nms is {rule.nms_type}, which the exported graph cannot express; use mmdet_softnms.SoftNMS '
+            'or mmdet_softnms.HardNMS'
+        )
     arguments = {name: value for name, value in rule.params.items() if name not in _PERFORMANCE_ONLY}
     known = ['iou_threshold', 'offset', *(['method', 'sigma', 'min_score'] if rule.nms_type == 'soft_nms' else [])]
     if unknown := {name: value for name, value in arguments.items() if name not in known and value}:
@@ -85,25 +96,26 @@ def run(args: argparse.Namespace) -> None:
         raise ExportError(
             f'{args.config} has no two-stage post-processing that can be exported ({type(error).__name__}: {error})'
         ) from error
+    max_per_img = rcnn.max_per_img if rcnn.max_per_img > 0 else -1  # mmdet: 0 and -1 both mean no limit
     model = post_process_to_onnx(
         rule,
         num_classes,
         rcnn.score_thr,
-        rcnn.max_per_img,
+        max_per_img,
         class_agnostic=class_agnostic,
         num_rois=args.num_rois,
         opset=args.opset,
     )
     content = model.SerializeToString()
     num_rois = args.num_rois or 300
-    compared = compare(content, rule, num_classes, rcnn.score_thr, rcnn.max_per_img, class_agnostic, num_rois)
+    compared = compare(content, rule, num_classes, rcnn.score_thr, max_per_img, class_agnostic, num_rois)
     write_whole(Path(args.out), content)  # only what has been run, where it can be
     for remark in remarks:
         print(f'note: {remark}')
     print(
         f'written: {args.out}, {len(content):,} bytes, opset {args.opset}: {type(rule).__name__} {rule.params}, '
         f'{num_classes} classes{", class-agnostic boxes" if class_agnostic else ""}, score_thr {rcnn.score_thr:g}, '
-        f'max_per_img {rcnn.max_per_img}'
+        f'max_per_img {max_per_img}'
     )
     print(compared)
 

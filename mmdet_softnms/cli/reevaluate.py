@@ -33,6 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--max-per-img', type=int, default=100, help='shared by the rows of the table (%(default)s)')
     parser.add_argument('--min-score', type=float, default=1e-3, help='of the soft rules (%(default)s)')
     parser.add_argument(
+        '--class-agnostic', action='store_true', help='boxes of different classes suppress each other, in every row'
+    )
+    parser.add_argument(
         '--sweep',
         nargs='+',
         action='extend',
@@ -177,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
             score_thr=args.score_thr,
             max_per_img=args.max_per_img,
             min_score=args.min_score,
+            class_agnostic=args.class_agnostic,
             sweep=sweep,
             store=args.store,
             processes=args.processes,
@@ -251,7 +255,9 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
     try:
-        from mmdet_softnms.registry import MODELS  # noqa: F401
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError

@@ -256,7 +256,9 @@ def run(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; one clear line for each thing that is missing or wrong, nothing half-written ever."""
     try:
-        from mmdet_softnms.registry import MODELS  # noqa: F401
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError

@@ -37,6 +37,7 @@ def reevaluate(
     score_thr: float = 1e-3,
     max_per_img: int = 100,
     min_score: float = 1e-3,
+    class_agnostic: bool = False,
     sweep: Sequence[str] = (),
     store: str | Path | None = None,
     processes: int | None = None,
@@ -56,6 +57,7 @@ def reevaluate(
             that stays. One run at a time may use it.
         score_thr, max_per_img: shared by the rows of the table; the config's own row keeps its own.
         min_score: of the soft rules.
+        class_agnostic: boxes of different classes suppress each other, in every row but the config's own.
         sweep: instead of the default rows, see :func:`mmdet_softnms.reevaluation.scoring.settings.sweep_settings`.
         store: a store made elsewhere, used as it is; None: the one in the work directory.
         processes: of this machine for the sweep; None: as many as are worth it.
@@ -74,9 +76,9 @@ def reevaluate(
     plug(cfg, 0.0)  # before anything slow: is it a detector that can be plugged?
     checkpoint = local_checkpoint(checkpoint, trust=trust_checkpoint)
     if sweep:
-        settings = sweep_settings(sweep, cfg, score_thr, max_per_img, min_score)
+        settings = sweep_settings(sweep, cfg, score_thr, max_per_img, min_score, class_agnostic)
     else:
-        settings = default_settings(cfg, score_thr, max_per_img, min_score)
+        settings = default_settings(cfg, score_thr, max_per_img, min_score, class_agnostic)
     start_processes(cfg.get('launcher', 'none'))
     if is_distributed() and work_dir is None:
         raise ReevaluationError('several processes need a work_dir that all of them see')

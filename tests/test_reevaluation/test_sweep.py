@@ -105,7 +105,7 @@ def test_a_file(tmp_path):
         ('HarderNMS.iou_threshold=0.5', 'HarderNMS'),
         ('score_thr=2', 'score_thr must be in'),
         ('score_thr=much', 'score_thr must be in'),
-        ('max_per_img=0', 'max_per_img must be'),
+        ('max_per_img=-2', 'max_per_img must be'),
         ('max_per_img=10.5', 'max_per_img must be'),
         ('min_score=2', 'min_score'),
         ('missing.yaml', 'cannot be read'),

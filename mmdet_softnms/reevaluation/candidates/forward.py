@@ -31,7 +31,7 @@ from torch.utils.data import Sampler
 from mmdet_softnms.checkpoint import LoadedWeights, allow_unsafe_loading, check_weights
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, execution_differences, fingerprint, hash_of
-from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, plug
+from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, family_of, plug
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, ImageCandidates, find_stores
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
@@ -284,6 +284,7 @@ def _forward(
             raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check_classes(model, cfg, runner)
+        family_of(cfg).leave_out_unused(model)
         # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.
         check_weights(model, checkpoint, trust=trust_checkpoint, ignore=MASK_PREFIXES)
         if trust_checkpoint:

@@ -10,6 +10,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.registry import default_scope_of
 
 
 def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') -> BaseDataset:
@@ -27,7 +28,7 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     key = f'{split}_dataloader'
     if cfg.get(key) is None:
         raise ReevaluationError(f'the config has no {key}, so there is nothing to evaluate on')
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(default_scope_of(cfg))
     dataset_cfg = copy.deepcopy(cfg[key].dataset)
     remedy = f'put the data there or correct {key}.dataset.data_root / ann_file (--cfg-options)'
     try:

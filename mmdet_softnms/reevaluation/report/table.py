@@ -6,6 +6,7 @@ from mmengine.config import Config
 from rich.table import Table
 from rich.text import Text
 
+from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.sweep import Row
@@ -116,8 +117,8 @@ def is_baseline(row: Row) -> bool:
     )
 
 
-def _group(row: Row) -> tuple[float, int]:
-    return row.params['score_thr'], row.params['max_per_img']
+def _group(row: Row) -> tuple[float, int, bool]:
+    return row.params['score_thr'], row.params['max_per_img'], row.params.get('class_agnostic', False)
 
 
 def best_row(rows: Sequence[Row]) -> Row:
@@ -185,11 +186,8 @@ def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> s
     else:
         lines.append('The difference is significant.')
     setting = result.session.settings[selection.chosen]
-    head = {'CascadeRoIHead': 'SoftNMSCascadeRoIHead', 'DoubleHeadRoIHead': 'SoftNMSDoubleHeadRoIHead'}
-    own = cfg.model.roi_head.type.split('.')[-1]
-    name = own if cfg.model.roi_head.type.startswith('mmdet_softnms.') else head.get(own, 'SoftNMSRoIHead')
     lines += [f'Chosen on all tuning images: {label[selection.chosen]}. To paste into the config:', '']
-    return '\n'.join([*lines, setting.snippet(name), ''])
+    return '\n'.join([*lines, setting.snippet(family_of(cfg).written(cfg)), ''])
 
 
 def _interval(value: float, low: float, high: float) -> str:

@@ -18,8 +18,9 @@ import torch
 from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.registry import TASK_UTILS
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
+from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
+from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
+from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
 from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
@@ -50,26 +51,38 @@ class Setting:
         return {**self.rule.params, 'score_thr': self.score_thr, 'max_per_img': self.max_per_img}
 
     @property
-    def group(self) -> tuple[float, int]:
+    def class_agnostic(self) -> bool:
+        """Whether boxes of different classes suppress each other."""
+        return bool(self.rule.params.get('class_agnostic', False))
+
+    @property
+    def group(self) -> tuple[float, int, bool]:
         """What a baseline has to share with the row for a difference to mean anything."""
-        return self.score_thr, self.max_per_img
+        return self.score_thr, self.max_per_img, self.class_agnostic
 
     @property
     def is_baseline(self) -> bool:
         """Hard NMS at IoU 0.5, the reference of its group."""
-        return type(self.rule) is HardNMS and self.source == 'table' and self.rule.params == HardNMS().params
+        if type(self.rule) is not HardNMS or self.source != 'table':
+            return False
+        return self.rule.params == HardNMS(class_agnostic=self.class_agnostic).params
 
-    def snippet(self, roi_head: str) -> str:
-        """The lines to paste into a config that has this setting; ``roi_head`` of :mod:`mmdet_softnms.models`."""
-        kind = (
-            self.name if isinstance(self.rule, MmcvNMS) else f'{type(self.rule).__module__.split(".")[0]}.{self.name}'
-        )
+    def snippet(self, head: str | Mapping[str, Any]) -> str:
+        """The lines to paste into a config that has this setting.
+
+        Args:
+            head: what the config writes for the head that takes rules: the name of one of ours, or its dict
+                (:meth:`mmdet_softnms.reevaluation.candidates.plug.Family.written`).
+        """
+        written = dict(type=f'mmdet_softnms.{head.split(".")[-1]}') if isinstance(head, str) else head
+        head_arguments = ', '.join(f'{name}={value!r}' for name, value in written.items())
+        kind = self.name if isinstance(self.rule, MmcvNMS) else resolve(type(self.rule), TASK_UTILS).type
         arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
         nms = ', '.join([f'type={kind!r}', *(f'{name}={value!r}' for name, value in arguments.items())])
         return (
-            f"model = dict(\n    roi_head=dict(type='mmdet_softnms.{roi_head.split('.')[-1]}'),\n"
-            f'    test_cfg=dict(rcnn=dict(score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n'
-            f'        _delete_=True, {nms}))))'
+            f'model = dict(\n    {ROI_HEADS.part}=dict({head_arguments}),\n'
+            f'    test_cfg=dict({ROI_HEADS.key}=dict('
+            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
         )
 
 
@@ -77,20 +90,24 @@ def check_thresholds(score_thr: float, max_per_img: int) -> None:
     """Raise a ReevaluationError for thresholds out of range."""
     if isinstance(score_thr, bool) or not isinstance(score_thr, (int, float)) or not 0 <= score_thr < 1:
         raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr!r}')
-    if isinstance(max_per_img, bool) or not isinstance(max_per_img, int) or (max_per_img < 1 and max_per_img != -1):
+    if isinstance(max_per_img, bool) or not isinstance(max_per_img, int) or max_per_img < -1:
         raise ReevaluationError(
-            f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img!r}'
+            f'max_per_img must be a whole number of at least 1, or 0 or -1 for no limit, got {max_per_img!r}'
         )
 
 
-def default_settings(cfg: Config, score_thr: float, max_per_img: int, min_score: float) -> list[Setting]:
+def default_settings(
+    cfg: Config, score_thr: float, max_per_img: int, min_score: float, class_agnostic: bool = False
+) -> list[Setting]:
     """Hard NMS (the baseline), linear and gaussian Soft-NMS with the paper's parameters, and the config's own setting.
+
+    ``class_agnostic``: boxes of different classes suppress each other in every row but the config's.
 
     Raises:
         ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
     """
     check_thresholds(score_thr, max_per_img)
-    rules: list[Rule] = [HardNMS(iou_threshold=0.5), *_default_soft_rules(min_score)]
+    rules: list[Rule] = [_baseline(class_agnostic), *_default_soft_rules(min_score, class_agnostic)]
     return [*(Setting(rule, score_thr, max_per_img) for rule in rules), own_setting(cfg)]
 
 
@@ -101,17 +118,21 @@ def own_setting(cfg: Config) -> Setting:
         ReevaluationError: ``test_cfg.rcnn`` of the config is unusable.
     """
     try:
-        own = cfg.model.test_cfg.rcnn
+        own = ROI_HEADS.test_cfg(cfg)
         return Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReevaluationError(f"the config's own suppression (test_cfg.rcnn) cannot be used: {error}") from error
 
 
-def _default_soft_rules(min_score: float) -> list[Rule]:
+def _baseline(class_agnostic: bool) -> HardNMS:
+    return HardNMS(iou_threshold=0.5, class_agnostic=class_agnostic)
+
+
+def _default_soft_rules(min_score: float, class_agnostic: bool) -> list[Rule]:
     try:
         return [
-            SoftNMS('linear', iou_threshold=0.3, min_score=min_score),
-            SoftNMS('gaussian', sigma=0.5, min_score=min_score),
+            SoftNMS('linear', iou_threshold=0.3, min_score=min_score, class_agnostic=class_agnostic),
+            SoftNMS('gaussian', sigma=0.5, min_score=min_score, class_agnostic=class_agnostic),
         ]
     except (TypeError, ValueError) as error:
         raise ReevaluationError(f'the suppression settings cannot be used: {error}') from error
@@ -122,9 +143,16 @@ DEFAULT_SWEEP = ('SoftNMS.sigma=0.1:1.0:0.1', 'SoftNMS.iou_threshold=0.1:0.7:0.1
 
 
 def sweep_settings(
-    specs: Sequence[str], cfg: Config, score_thr: float, max_per_img: int, min_score: float
+    specs: Sequence[str],
+    cfg: Config,
+    score_thr: float,
+    max_per_img: int,
+    min_score: float,
+    class_agnostic: bool = False,
 ) -> list[Setting]:
     """The settings of a grid, a baseline before each group of ``score_thr`` and ``max_per_img``, then the config's.
+
+    Class-agnostic rules are a group with a baseline of their own.
 
     Args:
         specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
@@ -135,7 +163,7 @@ def sweep_settings(
             ``sigma`` the gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
             and the thresholds.
         cfg: the user's config.
-        score_thr, max_per_img, min_score: where they are not swept.
+        score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
 
     Raises:
         ReevaluationError: a spec cannot be read; a rule or a parameter is unknown, out of range, or has no effect.
@@ -145,15 +173,17 @@ def sweep_settings(
     around = defaults | around
     settings: dict[Any, Setting] = {}
     for group in itertools.product(around['score_thr'], around['max_per_img']):
-        rules: list[Rule] = [HardNMS(iou_threshold=0.5)]
+        rules: list[Rule] = []
         for floor in around['min_score']:
             if grids:
-                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor)]
+                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor, class_agnostic)]
             else:
-                rules += _default_soft_rules(floor)
-        for rule in rules:
-            setting = Setting(rule, *group)
-            settings.setdefault((setting.name, str(setting.params)), setting)
+                rules += _default_soft_rules(floor, class_agnostic)
+        found = [Setting(rule, *group) for rule in rules]
+        for agnostic in sorted({setting.class_agnostic for setting in found}):
+            mine = [setting for setting in found if setting.class_agnostic == agnostic]
+            for setting in [Setting(_baseline(agnostic), *group), *mine]:
+                settings.setdefault((setting.name, str(setting.params)), setting)
     return [*settings.values(), own_setting(cfg)]
 
 
@@ -235,7 +265,7 @@ def _values(text: str, spec: str) -> list[Any]:
         try:
             values.append(_number(word))
         except ValueError:
-            values.append(word)
+            values.append({'true': True, 'false': False}.get(word.lower(), word))
     return values
 
 
@@ -246,7 +276,7 @@ def _number(word: str) -> Any:
         return float(word)
 
 
-def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float) -> list[Rule]:
+def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agnostic: bool) -> list[Rule]:
     """Every rule of a grid, those that come out the same once."""
     grid = dict(grid)
     kind = name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
@@ -257,6 +287,8 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float) -> list[R
             grid = {'method': methods, **grid}  # rows of one method together
     if 'min_score' not in grid and (kind == 'soft_nms' or 'min_score' in _parameters(kind)):
         grid['min_score'] = [min_score]
+    if class_agnostic and 'class_agnostic' not in grid:
+        grid['class_agnostic'] = [True]  # a rule that has no such argument says so
     rules: dict[str, Rule] = {}
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))

@@ -53,7 +53,8 @@ class Row:
 
 def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
     """Detections of every image under a setting, by the same function a live model uses."""
-    return [suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images]
+    found = (suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images)
+    return [InstanceData(**one._asdict()) for one in found]
 
 
 def evaluate(candidates: Sequence[ImageCandidates], setting: Setting, evaluator: Evaluator) -> Row:
