@@ -11,13 +11,14 @@ from torch import Tensor
 from mmdet_softnms.rules import Rule
 
 
-def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> InstanceData:
+def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float, keep_non_finite: bool = False) -> InstanceData:
     """Drop background and scores not above ``score_thr``, one candidate per remaining RoI and class.
 
     Args:
         boxes (Tensor[R, 4K] or Tensor[R, 4]): decoded ``xyxy`` boxes.
         scores (Tensor[R, K+1]): class probabilities, background last.
         score_thr: candidates with ``score > score_thr`` stay, as in mmdet.
+        keep_non_finite: whether those with a NaN score stay, too.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -29,7 +30,8 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> InstanceDa
             f'boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)} are not the (R, 4K) or (R, 4) and (R, K+1) '
             'of one image'
         )
-    roi, label = (scores[:, :-1] > score_thr).nonzero(as_tuple=True)
+    of_classes = scores[:, :-1]
+    roi, label = (~(of_classes <= score_thr) if keep_non_finite else of_classes > score_thr).nonzero(as_tuple=True)
     chosen = boxes[roi] if boxes.shape[1] == 4 else boxes.view(num_rois, num_classes, 4)[roi, label]
     return InstanceData(bboxes=chosen, scores=scores[roi, label], labels=label)
 
@@ -59,4 +61,5 @@ def _apply(candidates: InstanceData, rule: Rule, max_per_img: int) -> InstanceDa
 
 def post_process(boxes: Tensor, scores: Tensor, rule: Rule, score_thr: float, max_per_img: int) -> InstanceData:
     """Raw boxes and scores of one image to detections; see :func:`to_candidates` and :func:`suppress`."""
-    return _apply(to_candidates(boxes, scores, score_thr), rule, max_per_img)
+    keep_non_finite = getattr(rule, 'keeps_non_finite', False)
+    return _apply(to_candidates(boxes, scores, score_thr, keep_non_finite), rule, max_per_img)

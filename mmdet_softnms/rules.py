@@ -64,6 +64,8 @@ class HardNMS(SoftNMS):
 class NoSuppression:
     """Keeps every candidate in input order, the first ``max_num`` of them: how raw candidates leave a live model."""
 
+    keeps_non_finite = True  # so that who stores candidates sees them, and refuses
+
     def __init__(self) -> None:
         self.params: dict[str, Any] = {}
 
