@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,32 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Delete what :func:`write_whole` left in a folder when its process was killed."""
+    for path in folder.glob('.*.tmp'):
+        number = path.name.split('.')[-2]
+        try:
+            if number.isdecimal() and path.is_file() and _is_left_over(path, int(number)):
+                path.unlink(missing_ok=True)
+        except OSError:  # somebody else's file: in nobody's way
+            continue
+
+
+def _is_left_over(path: Path, pid: int) -> bool:
+    """Whether nobody writes the file any more: this process does not yet, others are dead, or it is a day old."""
+    if pid == os.getpid() or time.time() - path.stat().st_mtime > 86_400:
+        return True
+    if os.name != 'posix':  # os.kill ends a process there
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def sha256(path: str | Path) -> str:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.store import Candidates
 from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
 from mmdet_softnms.reevaluation.scoring.settings import Setting
@@ -20,6 +22,11 @@ class Session:
     candidates: Candidates
     truth: GroundTruth
     image_paths: list[str]
+    reader: ImageReader | None = None  # where images are read by a storage backend of the pipeline
+
+    def read_image(self, number: int) -> bytes:
+        """The bytes of an image file; whatever the backend raises where there is none."""
+        return self.reader.read(number) if self.reader else Path(self.image_paths[number]).read_bytes()
 
 
 @dataclass

@@ -1,8 +1,6 @@
 """Config and checkpoint to a table: candidates found or made, settings swept, the result in one object."""
 
 import functools
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,15 +15,17 @@ from mmengine.dist import get_dist_info, is_distributed
 
 import mmdet_softnms
 from mmdet_softnms.checkpoint import local_checkpoint
-from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.candidates.fingerprint import differences, fingerprint
+from mmdet_softnms.files import ReevaluationError, clear_temporaries, sha256
+from mmdet_softnms.reevaluation.candidates.fingerprint import differences, execution_differences, fingerprint
 from mmdet_softnms.reevaluation.candidates.forward import collect, start_processes
+from mmdet_softnms.reevaluation.candidates.identity import code_of, digest
+from mmdet_softnms.reevaluation.candidates.images import ImageReader, image_paths
 from mmdet_softnms.reevaluation.candidates.plug import has_mask_head, plug
-from mmdet_softnms.reevaluation.candidates.store import CandidateStore
+from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.result import Progress, Reevaluation, Session, no_candidates
 from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth, read_ground_truth
-from mmdet_softnms.reevaluation.scoring.settings import default_settings, sweep_settings
+from mmdet_softnms.reevaluation.scoring.settings import Setting, default_settings, sweep_settings
 from mmdet_softnms.reevaluation.scoring.sweep import Row, evaluate_all
 
 
@@ -105,7 +105,7 @@ def reevaluate(
             )
             used, forward_images, forward_seconds = collected.store, collected.forward_images, collected.forward_seconds
         else:
-            used = _given_store(Path(store), fingerprint(cfg, checkpoint, dataset, floor), len(img_ids))
+            used = _given_store(Path(store), fingerprint(cfg, checkpoint, dataset, floor), Expected.of(dataset), say)
         candidates = used.load()
         if candidates.img_ids != img_ids:
             raise ReevaluationError(f'the images of {used.folder} are not those of the test set in their order')
@@ -114,13 +114,14 @@ def reevaluate(
             settings,
             truth,
             work_dir=folder if work_dir else None,
-            identity=_identity(used, truth),
+            identity=_identity(used, truth, settings),
             processes=processes,
             on_row=on_row,
+            say=say,
         )
     if get_dist_info()[0] != 0:
         return None
-    infos = (dataset.get_data_info(number) for number in range(len(dataset)))
+    paths = [image_paths(dataset.get_data_info(number)) for number in range(len(dataset))]
     if not candidates.num_candidates:
         truth.notes.append(no_candidates(str(used.folder)))
     return Reevaluation(
@@ -134,7 +135,7 @@ def reevaluate(
         forward_seconds=forward_seconds,
         rows=rows,
         notes=truth.notes,
-        session=Session(settings, candidates, truth, [info['img_path'] for info in infos]),
+        session=Session(settings, candidates, truth, [(path or [''])[0] for path in paths], ImageReader(dataset)),
     )
 
 
@@ -153,37 +154,50 @@ def only_run_in(work_dir: Path) -> FileLock:
         raise ReevaluationError(
             f'another run is at work in {work_dir}; wait for it, or give this one another --work-dir'
         ) from None
+    clear_temporaries(work_dir)
     return lock
 
 
-def _given_store(folder: Path, wanted: dict[str, Any], num_images: int) -> CandidateStore:
+def _given_store(
+    folder: Path, wanted: dict[str, Any], expected: Expected, say: Callable[[str], None]
+) -> CandidateStore:
     store = CandidateStore.open(folder)
     another = 'give another store, or leave --store out'
-    if problems := store.check():
+    num_images = len(expected.img_ids)
+    if store.num_images != num_images:
+        raise ReevaluationError(f'{folder} holds {store.num_images} images but the test set {num_images}; {another}')
+    have = store.fingerprint
+    reason = differences({**have, 'score_floor': wanted['score_floor']}, wanted, elsewhere=True)
+    if not reason and have['score_floor'] > wanted['score_floor']:
+        raise ReevaluationError(
+            f'{folder} holds candidates above {have["score_floor"]:g} only, and a score_thr of '
+            f'{wanted["score_floor"]:g} is asked for; raise it, or leave --store out'
+        )
+    if reason:
+        raise ReevaluationError(f'{folder} was made with another {reason} than what is given; {another}')
+    if problems := store.check(expected):
         shard, problem = next(iter(problems.items()))
         raise ReevaluationError(
             f'{folder}: {len(problems)} of {store.num_shards} shards cannot be used ({store.path_of(shard).name} '
             f'{problem}); {another}'
         )
-    if store.num_images != num_images:
-        raise ReevaluationError(f'{folder} holds {store.num_images} images but the test set {num_images}; {another}')
-    if store.fingerprint['score_floor'] > wanted['score_floor']:
-        raise ReevaluationError(
-            f'{folder} holds candidates above {store.fingerprint["score_floor"]:g} only, and a score_thr of '
-            f'{wanted["score_floor"]:g} is asked for; raise it, or leave --store out'
-        )
-    if reason := differences(store.fingerprint, wanted):
-        raise ReevaluationError(f'{folder} was made with another {reason} than what is given; {another}')
+    if unknown := sorted({*have['unknown'], *wanted['unknown']}):
+        say(f'{folder} is taken on your word: {", ".join(map(str, unknown[:3]))} cannot be compared')
+    if how := execution_differences(have, wanted):
+        say(f'{folder} was made with {how}')
     return store
 
 
-def _identity(store: CandidateStore, truth: GroundTruth) -> str:
-    """What finished rows depend on: candidates, objects, the code of this package, and what it computes with."""
+def _identity(store: CandidateStore, truth: GroundTruth, settings: Sequence[Setting]) -> str | None:
+    """What finished rows depend on: candidates, objects, rules, code, and what it computes with.
+
+    None where the code of a rule cannot be told: written in a notebook, say.
+    """
     package = Path(mmdet_softnms.__file__).parent
-    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(package.rglob('*.py'))]
+    files = {str(path.relative_to(package)): sha256(path) for path in sorted(package.rglob('*.py'))}
     libraries = [metadata.version(name) for name in ('numpy', 'numba', 'faster-coco-eval', 'torch')]
-    content = json.dumps(
-        [code, libraries, mmdet.__version__, store.fingerprint, truth.classes, truth.coco, truth.voc is None],
-        default=repr,
-    )
-    return hashlib.sha256(content.encode()).hexdigest()
+    rules = [setting.rule for setting in settings]
+    code = code_of(*rules)
+    if code.unknown:
+        return None
+    return digest(files, libraries, mmdet.__version__, store.fingerprint, truth, code.files, code.live)

@@ -164,13 +164,11 @@ def test_masks_are_left_out_and_said_so(project):
     assert result.masks_left_out and 'Masks are left out' in to_table(result).caption
 
 
-@pytest.mark.parametrize(
-    'roi_head', ['GridRoIHead', 'SparseRoIHead', 'mmdet.TridentRoIHead', 'MultiInstanceRoIHead']
-)
+@pytest.mark.parametrize('roi_head', ['GridRoIHead', 'SparseRoIHead', 'mmdet.TridentRoIHead', 'MultiInstanceRoIHead'])
 def test_heads_that_cannot_be_plugged_are_refused(project, roi_head):
     cfg = Config.fromfile(project.coco_config)
     cfg.model.roi_head.type = roi_head
-    with pytest.raises(ReevaluationError, match=f"{roi_head.split('.')[-1]} cannot be plugged"):
+    with pytest.raises(ReevaluationError, match=f'{roi_head.split(".")[-1]} cannot be plugged'):
         plug(cfg, 0.0)
 
 

@@ -362,6 +362,10 @@ def test_a_store_that_has_lost_its_description(project, tmp_path):
 
 def test_the_description_says_what_it_was_made_of(finished):
     content = json.loads((finished.folder / 'store.json').read_text())['fingerprint']
-    assert set(content) == {'config', 'checkpoint', 'dataset', 'images', 'score_floor', 'execution'}
+    assert set(content) == {
+        'config', 'checkpoint', 'dataset', 'infos', 'images', 'inputs', 'files', 'code', 'live', 'versions', 'unknown',
+        'number', 'score_floor', 'execution',
+    }  # fmt: skip
+    assert content['unknown'] == [] and content['inputs'] is None and not content['files']
     assert content['execution']['batch_size'] == 1 and content['execution']['threads'] == torch.get_num_threads()
     assert os.fspath(ROOT) not in json.dumps(content)

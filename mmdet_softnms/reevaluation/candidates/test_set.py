@@ -10,6 +10,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.registry import default_scope_of
 
 
@@ -18,7 +19,7 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
 
     Args:
         cfg: the user's config.
-        check_images: whether every image has to be on disk.
+        check_images: whether every image that is read from disk has to be there.
         split: ``'val'``: that of ``cfg.val_dataloader`` instead.
 
     Raises:
@@ -46,10 +47,12 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if len({info['img_id'] for info in infos}) < len(infos):
         raise ReevaluationError(f'image ids of the {split} set are not unique; evaluate its parts one by one')
-    paths = [info['img_path'] for info in infos if '://' not in info['img_path']]
-    if check_images and (missing := [path for path in paths if not osp.isfile(path)]):
+    # Images that a storage backend reads (backend_args) are left to the forward pass, which names the first one.
+    reader = ImageReader(dataset)
+    missing = [paths[0] for number in range(len(infos)) if check_images and (paths := reader.missing(number))]
+    if missing:
         raise ReevaluationError(
-            f'{len(missing)} of {len(paths)} {split} images are missing, first {missing[0]}; put them there or correct '
+            f'{len(missing)} of {len(infos)} {split} images are missing, first {missing[0]}; put them there or correct '
             f'{key}.dataset.data_root / data_prefix (--cfg-options)'
         )
     return dataset

@@ -9,7 +9,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import is_distributed
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.candidates.fingerprint import content_of
+from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.choice.resampling import CRITERIA
 
@@ -94,9 +94,10 @@ def _tuning_split(
 
 
 def image_identities(dataset: BaseDataset) -> list[str]:
-    """What tells an image from others: its content, or its place where it is not on this machine's disk."""
-    paths = [dataset.get_data_info(number)['img_path'] for number in range(len(dataset))]
-    return [content or path for content, path in zip(content_of(paths), paths, strict=True)]
+    """What tells an image from others: its content, or its place where it cannot be read here."""
+    reader = ImageReader(dataset)
+    places = (' '.join(reader.paths(number)) for number in range(len(dataset)))
+    return [content or place for content, place in zip(reader.contents(), places, strict=True)]
 
 
 def check_choice(criterion: str, resamples: int, num_folds: int | None, num_images: int) -> None:

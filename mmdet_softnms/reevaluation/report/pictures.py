@@ -77,8 +77,8 @@ def draw_pictures(session: Session, before: Setting, after: Setting, number: int
     pictures, missing = [], 0
     for image in chosen:
         try:
-            picture = mmcv.imread(session.image_paths[image], channel_order='rgb')
-        except OSError:
+            picture = mmcv.imfrombytes(session.read_image(image), channel_order='rgb')
+        except Exception:  # storage backends and OpenCV raise errors of their own
             picture = None
         if picture is None:  # gone since, or damaged
             missing += 1
