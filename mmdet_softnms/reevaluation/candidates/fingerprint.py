@@ -223,11 +223,8 @@ def _described(plugged: Config, foreign: bool) -> dict[str, Any]:
         read += ('data_preprocessor', 'default_scope', 'randomness', 'model_wrapper_cfg', 'compile')
         content = {key: content[key] for key in read if key in content}
     content['default_scope'] = content.get('default_scope') or 'mmdet'
-    hooks = content.get('default_hooks') or {}
     content['default_hooks'] = {
-        key: hook
-        for key, hook in hooks.items()
-        if not (isinstance(hook, dict) and str(hook.get('type')).split('.')[-1] in _HOOKS_WITHOUT_EFFECT)
+        key: hook for key, hook in (content.get('default_hooks') or {}).items() if _has_effect(hook)
     }
     # The samplers and assigners of training. Losses stay: their kind decides the activation of the scores.
     content['model'] = _without(content['model'], ('init_cfg', 'train_cfg'))  # every weight is the checkpoint's
@@ -235,6 +232,10 @@ def _described(plugged: Config, foreign: bool) -> dict[str, Any]:
     loader['dataset'] = _without(loader['dataset'], _PLACES)
     content['test_dataloader'] = loader
     return content
+
+
+def _has_effect(hook: Any) -> bool:
+    return bool(hook) and not (isinstance(hook, dict) and str(hook.get('type')).split('.')[-1] in _HOOKS_WITHOUT_EFFECT)
 
 
 def _without(content: Any, names: tuple[str, ...]) -> Any:
@@ -281,7 +282,7 @@ def _code(plugged: Config, model: torch.nn.Module, dataset: BaseDataset) -> Code
     roots: list[Any] = [model, [type(part) for part in parts_of(dataset)], type(dataset), transforms_of(dataset)]
     loader = plugged.test_dataloader
     hooks = [*(plugged.get('default_hooks') or {}).values(), *(plugged.get('custom_hooks') or [])]
-    named = [(HOOKS, hook.get('type') if isinstance(hook, dict) else hook) for hook in hooks if hook]
+    named = [(HOOKS, hook.get('type') if isinstance(hook, dict) else hook) for hook in hooks if _has_effect(hook)]
     named += [(LOOPS, (plugged.get('test_cfg') or {}).get('type'))]
     named += [(FUNCTIONS, (loader.get('collate_fn') or {}).get('type'))]
     for registry, kind in named:
