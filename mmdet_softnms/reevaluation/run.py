@@ -24,9 +24,10 @@ from mmdet_softnms.reevaluation.candidates.plug import has_mask_head, plug
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.result import Progress, Reevaluation, Session, no_candidates
-from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth, read_ground_truth
+from mmdet_softnms.reevaluation.scoring import evaluators as configured
+from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth, annotated_by, read_ground_truth
 from mmdet_softnms.reevaluation.scoring.settings import Setting, default_settings, sweep_settings
-from mmdet_softnms.reevaluation.scoring.sweep import Row, evaluate_all
+from mmdet_softnms.reevaluation.scoring.sweep import Row, detections, evaluate_all
 
 
 def reevaluate(
@@ -87,7 +88,8 @@ def reevaluate(
         if get_dist_info()[0] == 0:
             stack.enter_context(only_run_in(folder))
         dataset = build_test_set(cfg, check_images=store is None)
-        truth = read_ground_truth(cfg, dataset)
+        evaluators = configured.build_evaluators(cfg, dataset)
+        truth = read_ground_truth(cfg, dataset, evaluators)
         img_ids = [dataset.get_data_info(number)['img_id'] for number in range(len(dataset))]
         floor = min(setting.score_thr for setting in settings)
         forward_images, forward_seconds = 0, 0.0
@@ -121,7 +123,27 @@ def reevaluate(
         )
     if get_dist_info()[0] != 0:
         return None
-    paths = [image_paths(dataset.get_data_info(number)) for number in range(len(dataset))]
+    infos = [dataset.get_data_info(number) for number in range(len(dataset))]
+    paths = [image_paths(info) for info in infos]
+    others = configured.others(
+        evaluators,
+        [part.metric for part in annotated_by(evaluators, dataset)],
+        (sum(one['iscrowd'] for one in truth.coco['annotations']), truth.no_class_ignores),
+        max((setting.max_per_img for setting in settings), key=lambda number: number if number > 0 else float('inf')),
+    )
+    reason = configured.too_many(len(settings), len(candidates), bool(sweep))
+    if is_distributed():
+        reason = 'left out with several processes; run again without the launcher, the candidates are stored'
+    for other in others:
+        other.why_not = other.why_not or reason
+    configured.add_columns(
+        others,
+        rows,
+        lambda number: detections(candidates, settings[number]),
+        configured.data_samples(infos, candidates.shapes) if others else [],
+        functools.partial(progress, 'configured evaluators'),
+    )
+    truth.notes += configured.notes(others, truth.voc is not None)
     if not candidates.num_candidates:
         truth.notes.append(no_candidates(str(used.folder)))
     return Reevaluation(

@@ -21,6 +21,7 @@ from mmdet_softnms.reevaluation.report.table import (
     baseline_of,
     best_row,
     cell,
+    columns_of,
     full_label,
     interval_cells,
     is_baseline,
@@ -57,7 +58,7 @@ def write_report(
     """
     rows = result.rows
     best = best_row(rows) if selection is None or is_baseline(rows[selection.chosen]) else rows[selection.chosen]
-    columns = [column for column in ALL_COLUMNS if column in rows[0].metrics]
+    columns = columns_of(rows, ALL_COLUMNS)
     baseline = baseline_of(best, rows) or rows[0]
     pictures: list[Picture] = []
     remark = ''
@@ -100,7 +101,7 @@ def markdown(
     result: Reevaluation, *, title: str, command: str, selection: Selection | None = None, selection_words: str = ''
 ) -> str:
     """The table for an issue, a pull request or a README; arguments as in :func:`write_report`."""
-    columns = [column for column in ALL_COLUMNS if column in result.rows[0].metrics]
+    columns = columns_of(result.rows, ALL_COLUMNS)
     heading, intervals = interval_cells(result.rows, selection)
     lines = [f'# {_escaped(title)}', '', _code(command), '', _escaped(result.dataset), '']
     lines.append('| ' + ' | '.join(['rule', 'score_thr', 'max_per_img', *columns, *heading]) + ' |')

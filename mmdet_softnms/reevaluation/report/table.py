@@ -3,18 +3,28 @@
 from collections.abc import Sequence
 
 from mmengine.config import Config
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.result import Reevaluation
+from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 #: Columns of the table on the screen; those no row has are left out.
 COLUMNS = ('AP', 'AP50', 'AP75', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
 #: Columns of the report.
 ALL_COLUMNS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
+#: Metrics that are shares, and shown in %; any other is a configured evaluator's and shown as it gives it.
+SHARES = {*COCO_STATS, *AP_NAMES, 'VOC07_AP50', 'VOC12_AP50'}
+
+
+def columns_of(rows: Sequence[Row], ours: Sequence[str], most: int | None = None) -> list[str]:
+    """Columns that the rows have: ours, then the configured evaluator's, at most so many of these."""
+    metrics = rows[0].metrics
+    return [one for one in ours if one in metrics] + [one for one in metrics if one not in SHARES][:most]
 
 
 def to_table(result: Reevaluation, selection: Selection | None = None) -> Table:
@@ -65,11 +75,11 @@ def rows_table(
     Everything is text as it is: the name of a file, a class or a rule may look like rich's markup.
     """
     table = Table(title=Text(title, 'table.title'), caption=Text(caption, 'table.caption'), caption_justify='left')
-    columns = [column for column in COLUMNS if column in rows[0].metrics]
+    columns = columns_of(rows, COLUMNS, 6)
     heading, intervals = interval_cells(rows, selection)
     table.add_column('rule', no_wrap=True)
     for column in ('score_thr', 'max_per_img', *columns, *heading, 'suppression s'):
-        table.add_column(column, justify='right', no_wrap=True)
+        table.add_column(escape(column), justify='right', no_wrap=True)
     for number, (row, following) in enumerate(zip(rows, [*rows[1:], None], strict=True)):
         baseline = baseline_of(row, among or rows)
         cells = [
@@ -150,11 +160,12 @@ def row_label(row: Row) -> str:
 
 def cell(row: Row, baseline: Row | None, column: str) -> str:
     value = row.metrics[column]
-    if value < 0:  # COCO's "no such object"
+    if value == -1:  # COCO's "no such object"
         return '-'
+    factor, digits = (100, 2) if column in SHARES else (1, 4)
     if baseline is None or row is baseline:
-        return f'{100 * value:.2f}'
-    return f'{100 * value:.2f} {100 * (value - baseline.metrics[column]):+.2f}'
+        return f'{factor * value:.{digits}f}'
+    return f'{factor * value:.{digits}f} {factor * (value - baseline.metrics[column]):+.{digits}f}'
 
 
 def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> str:
