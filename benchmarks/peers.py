@@ -11,7 +11,6 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,6 @@ def definition(
     return _reference.select(boxes, scores, labels, checked)
 
 
-@cache
 def missing(device: torch.device) -> dict[str, str]:
     """Peers that are not installed, or not built for the device, and why."""
     boxes, scores = torch.tensor([[0.0, 0, 1, 1]], device=device), torch.tensor([0.5], device=device)

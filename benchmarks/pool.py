@@ -1,4 +1,4 @@
-"""``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against its definition and torchvision."""
+"""``pool``: position-sensitive RoI pooling, forward and backward at VOC size, against naive form and torchvision."""
 
 import argparse
 import statistics

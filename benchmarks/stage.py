@@ -5,7 +5,7 @@ same method up to raw results, then ``mmdet_softnms.post_process``), at several 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,29 +23,42 @@ STOCK, PARTS = "mmdet's own, hard", ('softmax and decode', 'threshold and gather
 
 def run(arguments: argparse.Namespace) -> None:
     """mmdet's post-processing stage with hard NMS, and ours."""
-    rows = []
-    for score_thr in arguments.score_thr:
-        timed = stages(score_thr)
-        times, results = in_turns(timed, arguments.seconds)
-        candidates = len(results[PARTS[1]])
-        medians = {name: median(values) for name, values in times.items()}
-        rows.append(dict(score_thr=score_thr, candidates=candidates, milliseconds=medians))
-    names = list(rows[0]['milliseconds'])
-    table = Table(
-        'score_thr', 'candidates', *names, title='one image, 1,000 proposals, 80 classes, ms (ratio to mmdet)'
-    )
+    device = torch.device(arguments.device)
+    check_device(device)
+    rows = measure_all(arguments.score_thr, device, arguments.seconds)
+    table = Table(*header(rows), title='one image, 1,000 proposals, 80 classes, ms (ratio to mmdet)')
     for row in rows:
-        stock = row['milliseconds'][STOCK]
-        cells_of = [
-            f'{value:.2f}' + (f' ({stock / value:.2f}x)' if name.startswith('ours') else '')
-            for name, value in row['milliseconds'].items()
-        ]
-        table.add_row(f'{row["score_thr"]:g}', f'{row["candidates"]:,}', *cells_of)
+        table.add_row(*cells(row))
     Console(width=180).print(table)
-    _finish(arguments, 'stage', rows)
+    finish(arguments, rows)
 
 
-def stages(score_thr: float, seed: int = 0) -> dict[str, Callable[[], Any]]:
+def measure_all(score_thrs: Sequence[float], device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """A row for each threshold."""
+    rows = []
+    for score_thr in score_thrs:
+        times, results = in_turns(stages(score_thr, device=device), seconds)
+        medians = {name: median(values) for name, values in times.items()}
+        rows.append(dict(score_thr=score_thr, candidates=len(results[PARTS[1]]), milliseconds=medians))
+    return rows
+
+
+def header(rows: list[dict[str, Any]]) -> list[str]:
+    """Titles of the columns."""
+    return ['score_thr', 'candidates', *rows[0]['milliseconds']]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as texts."""
+    stock = row['milliseconds'][STOCK]
+    times = (
+        f'{value:.2f}' + (f' ({stock / value:.2f}x)' if name.startswith('ours') else '')
+        for name, value in row['milliseconds'].items()
+    )
+    return [f'{row["score_thr"]:g}', f'{row["candidates"]:,}', *times]
+
+
+def stages(score_thr: float, seed: int = 0, device: torch.device | None = None) -> dict[str, Callable[[], Any]]:
     """What is timed at one ``score_thr``: mmdet's stage, ours under three rules, and the parts of ours."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
@@ -59,7 +72,7 @@ def stages(score_thr: float, seed: int = 0) -> dict[str, Callable[[], Any]]:
         )
     ).eval()  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    rois, logits, deltas = _network_output(generator)
+    rois, logits, deltas = (each.to(device) for each in _network_output(generator))
     meta = dict(img_shape=(800, 1333), scale_factor=(1.0, 1.0))
     stock = ConfigDict(score_thr=score_thr, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5))
 
@@ -83,7 +96,7 @@ def stages(score_thr: float, seed: int = 0) -> dict[str, Callable[[], Any]]:
     once = raw()
     candidates = to_candidates(once.bboxes, once.scores, score_thr)
     gaussian = SoftNMS('gaussian')
-    return {
+    timed: dict[str, Callable[[], Any]] = {
         STOCK: mmdet_stage,
         'ours, gaussian': with_rule(gaussian),
         'ours, linear': with_rule(SoftNMS('linear')),
@@ -92,6 +105,7 @@ def stages(score_thr: float, seed: int = 0) -> dict[str, Callable[[], Any]]:
         PARTS[1]: lambda: to_candidates(once.bboxes, once.scores, score_thr),
         PARTS[2]: lambda: gaussian(candidates.bboxes, candidates.scores, candidates.labels, 100),
     }
+    return {name: finished(call) for name, call in timed.items()} if rois.is_cuda else timed
 
 
 def _network_output(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
