@@ -18,11 +18,11 @@ NEEDED = ('torch', 'numpy', 'numba', 'pytest', 'hypothesis')
 TIME_LIMIT = 150  # seconds for each other process
 
 
-class Failure(Exception):
+class StepError(Exception):
     """A step found something wrong; the message is for the report."""
 
 
-class NotRun(Exception):
+class NotRunError(Exception):
     """What a step needs is not there; the message is for the report."""
 
 
@@ -60,10 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         try:
             verdict, words = 'passed', step(options.device)
-        except NotRun as reason:
+        except NotRunError as reason:
             verdict, words = 'not run', str(reason)
         except (Exception, SystemExit) as error:  # the other steps still have something to tell
-            verdict, words = 'FAILED', str(error) if isinstance(error, Failure) else f'{type(error).__name__}: {error}'
+            verdict, words = (
+                'FAILED',
+                str(error) if isinstance(error, StepError) else f'{type(error).__name__}: {error}',
+            )
         failed |= verdict == 'FAILED'
         summary.append(f'| {title} | {verdict} | {time.perf_counter() - start:.0f} |')
         details += [f'## {title}: {verdict}', '', words, '']
@@ -82,10 +85,10 @@ def _python(*arguments: str) -> str:
             [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
         )
     except subprocess.TimeoutExpired:
-        raise Failure(f'{" ".join(arguments)}: not finished after {TIME_LIMIT} s') from None
+        raise StepError(f'{" ".join(arguments)}: not finished after {TIME_LIMIT} s') from None
     tail = '\n'.join((done.stdout + done.stderr).strip().replace(str(ROOT), '.').splitlines()[-25:])
     if done.returncode:
-        raise Failure(f'`python {" ".join(arguments)}` ended with status {done.returncode}:\n\n```\n{tail}\n```')
+        raise StepError(f'`python {" ".join(arguments)}` ended with status {done.returncode}:\n\n```\n{tail}\n```')
     return tail.splitlines()[-1] if tail else 'no output'
 
 
@@ -98,7 +101,7 @@ def tests(device: str) -> str:
 def random_cases(device: str) -> str:
     """Drawn inputs of every kind against the definition on numpy arrays."""
     if not (ROOT / 'tests' / 'fuzz.py').is_file():
-        raise NotRun('tests/fuzz.py is not there')
+        raise NotRunError('tests/fuzz.py is not there')
     return _python('-m', 'tests.fuzz', '--cases', '3000' if device == 'cuda' else '100', '--device', device)
 
 
@@ -117,7 +120,7 @@ def gradients(device: str) -> str:
                     return soft_nms(boxes, scores, some_labels, method=method)[1]
 
                 if not torch.autograd.gradcheck(kept, (boxes.requires_grad_(), scores.requires_grad_())):
-                    raise Failure(f'{method}, seed {seed}: not the gradient of finite differences')
+                    raise StepError(f'{method}, seed {seed}: not the gradient of finite differences')
     return 'the same as finite differences for boxes and scores, gaussian and linear, 12 scenes'
 
 
@@ -139,7 +142,7 @@ def compiled(device: str) -> str:
     keep, kept, count = torch.compile(model, fullgraph=True, backend=backend)(boxes, scores, labels)
     expected_keep, expected = soft_nms(boxes * 2, scores, labels, max_num=100)
     if not (torch.equal(keep[:count], expected_keep) and torch.equal(kept[:count], expected * 2)):
-        raise Failure('the compiled function does not select what soft_nms selects')
+        raise StepError('the compiled function does not select what soft_nms selects')
     return f'fullgraph=True, backend {backend}: the same {len(expected)} detections'
 
 
@@ -179,13 +182,13 @@ def stage(device: str) -> str:
         import mmcv.ops  # noqa: F401
         import mmdet  # noqa: F401
     except (ImportError, AttributeError) as error:
-        raise NotRun(f'mmdet with mmcv is not there ({error})') from None
+        raise NotRunError(f'mmdet with mmcv is not there ({error})') from None
     from benchmarks import peers
     from benchmarks import stage as stages
 
     here = torch.device(device)
     if reason := peers.missing(here).get(peers.MMCV_HARD):
-        raise NotRun(f'mmcv has no NMS for this device ({reason})')
+        raise NotRunError(f'mmcv has no NMS for this device ({reason})')
     few = device == 'cpu'
     rows = stages.measure_all([0.05] if few else [0.05, 0.01, 1e-3, 1e-4], here, 0.0 if few else 1.0)
     return '\n'.join(['Milliseconds, one image, 1,000 proposals, 80 classes (ratio to mmdet)', '',

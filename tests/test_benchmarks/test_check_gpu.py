@@ -41,7 +41,7 @@ def test_a_failing_step_fails_the_whole_and_the_others_still_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(device: str) -> str:
-        raise check_gpu.Failure('wrong bits')
+        raise check_gpu.StepError('wrong bits')
 
     for name in ('tests', 'random_cases', 'operator', 'stage', 'compiled'):
         monkeypatch.setattr(check_gpu, name, lambda device: 'fine')

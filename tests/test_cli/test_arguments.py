@@ -29,7 +29,8 @@ sys.meta_path.insert(0, Blocker())
     runner = {
         '-m': "sys.argv[:] = ['-m', *sys.argv[2:]]; sys.orig_argv = ['python', '-m', 'mmdet_softnms']\n"
         "runpy.run_module('mmdet_softnms', run_name='__main__', alter_sys=True)",
-        'script': "sys.argv[:] = ['mmdet-softnms', *sys.argv[2:]]\nfrom mmdet_softnms.cli.main import main; sys.exit(main())",
+        'script': "sys.argv[:] = ['mmdet-softnms', *sys.argv[2:]]\n"
+        'from mmdet_softnms.cli.main import main; sys.exit(main())',
     }.get(command[0], "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     return subprocess.run(
