@@ -179,7 +179,7 @@ def test_stock_rules_are_exported_with_a_note(tmp_path):
     [
         (('missing.py', 'out.onnx'), 'config missing.py does not exist'),
         ((DEMO, 'out.onnx', '--opset', 99), 'opset must be 17 to'),
-        ((DEMO, 'out.onnx', '--num-rois', 0), 'num_rois must be at least 1'),
+        ((DEMO, 'out.onnx', '--num-rois', 0), '--num-rois: must be at least 1'),
         (
             (DEMO, 'out.onnx', '--cfg-options', 'model.test_cfg.rcnn.nms.class_agnostic=True'),
             "has {'class_agnostic': True}, which the exported graph cannot express",

@@ -10,21 +10,24 @@ In: what the box head gives for one image, mmdet's raw results: ``boxes`` (R, 4K
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
 
-def parse_args() -> argparse.Namespace:
+
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Command line, in mmdet's style."""
-    from mmengine.config import DictAction
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='mmdet config of a two-stage detector')
     parser.add_argument('out', help='file to write')
-    parser.add_argument('--num-rois', type=int, help='fix R and every other shape; results are padded to max_per_img')
+    parser.add_argument(
+        '--num-rois', type=at_least(1), help='fix R and every other shape; results are padded to max_per_img'
+    )
     parser.add_argument('--opset', type=int, default=17, help='of the standard operators (%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
-    return parser.parse_args()
+    add_cfg_options(parser)
+    return parser.parse_args(arguments)
 
 
 _PERFORMANCE_ONLY = ('split_thr',)  # of mmcv's batched_nms: from how many candidates on it goes class by class
@@ -149,15 +152,16 @@ def compare(
     return f'onnxruntime {onnxruntime.__version__}: the same {len(labels)} detections, largest difference {largest:.1e}'
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run; one clear line and a non-zero exit status for bad input."""
+    args = parse_args(arguments, prog)
+    require('export')
     try:
         from mmdet_softnms.export import ExportError
     except ImportError as error:
-        if error.name == 'onnx':
-            sys.exit("error: onnx is not installed; pip install 'mmdet_softnms[export]'")
         sys.exit(f'error: {error}')
+    args.cfg_options = config_options(args.cfg_options)
     try:
-        run(parse_args())
+        run(args)
     except (ExportError, OSError) as error:
         sys.exit(f'error: {error}')

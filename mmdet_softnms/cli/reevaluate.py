@@ -17,15 +17,18 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.scoring.grid import read_spec
 
-def parse_args() -> argparse.Namespace:
+
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Command line, in mmdet's style."""
-    from mmengine.config import DictAction
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='mmdet config')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('--work-dir', help='for results, candidates and logs; default: work_dirs/NAME_OF_CONFIG')
@@ -40,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         action='extend',
         default=[],
+        type=sweep,
         metavar='GRID',
         help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES: '
         'first:last:step or a list with commas',
@@ -51,8 +55,8 @@ def parse_args() -> argparse.Namespace:
         choices=['AP', 'AP50', 'AP75'],
         help='choose a setting by this metric (AP), and say what the choice is worth on images it was not tuned on',
     )
-    parser.add_argument('--folds', type=int, default=5, help='of --select without a tuning split (%(default)s)')
-    parser.add_argument('--resamples', type=int, default=1000, help='of the bootstrap of --select (%(default)s)')
+    parser.add_argument('--folds', type=at_least(2), default=5, help='of --select without a tuning split (%(default)s)')
+    parser.add_argument('--resamples', type=at_least(1), default=1000, help='of its bootstrap (%(default)s)')
     parser.add_argument(
         '--tune-on',
         choices=['auto', 'val', 'folds'],
@@ -60,16 +64,35 @@ def parse_args() -> argparse.Namespace:
         help="of --select: the config's val_dataloader, or k-fold over the test set; auto: val if it is another split",
     )
     parser.add_argument('--store', help='candidates made elsewhere (a folder DIR/candidates/...), taken as they are')
-    parser.add_argument('--processes', type=int, help='for sweeps; default: one a core where it is worth it')
+    parser.add_argument('--processes', type=at_least(1), help='for sweeps; default: one a core where it is worth it')
     parser.add_argument(
         '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
+    add_cfg_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if not 0 <= args.score_thr < 1:
+        parser.error(f'--score-thr: score_thr must be in [0, 1), got {args.score_thr:g}')
+    if not 0 <= args.min_score <= 1:
+        parser.error(f'--min-score: min_score must be in [0, 1], got {args.min_score:g}')
+    if args.max_per_img < 1 and args.max_per_img != -1:
+        parser.error(f'--max-per-img: max_per_img must be at least 1, or -1 for no limit, got {args.max_per_img}')
+    given = sys.argv[1:] if arguments is None else arguments
+    args.command = [*(prog or 'python tools/reevaluate.py').split(), *given]
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
+
+
+def sweep(text: str) -> str:
+    """A grid as it was given, if it can be read; whether the rule exists is seen later."""
+    try:
+        read = read_spec(text)
+    except ReevaluationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(read, Path) and not read.is_file():
+        raise argparse.ArgumentTypeError(f'sweep file {text} does not exist')
+    return text
 
 
 class Display:
@@ -141,7 +164,6 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.dist import is_main_process
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint, local_checkpoint
-    from mmdet_softnms.files import ReevaluationError
     from mmdet_softnms.locate import read_config
     from mmdet_softnms.reevaluation.candidates.forward import start_processes
     from mmdet_softnms.reevaluation.choice.plan import plan_choice
@@ -150,8 +172,6 @@ def run(args: argparse.Namespace) -> None:
     from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP
 
     cfg = read_config(args.config, args.cfg_options)
-    if args.processes is not None and args.processes < 1:
-        raise ReevaluationError(f'--processes must be at least 1, got {args.processes}')
     allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
     load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # before anything slow
     checkpoint = local_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
@@ -234,7 +254,7 @@ def write(args: argparse.Namespace, cfg: Any, checkpoint: Path, result: Any, sel
     Console(width=max(out.width, 200)).print(to_table(result, selection))
     if chosen:
         print(chosen)
-    command = shlex.join(['python', 'tools/reevaluate.py', *sys.argv[1:]])
+    command = shlex.join(args.command)
     title = Path(args.config).stem
     pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
     forget_partial(work_dir)
@@ -252,8 +272,10 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit('terminated: earlier results are intact; run again, and finished shards and rows are taken up')
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
+    args = parse_args(arguments, prog)
+    require('reevaluate')
     try:
         from mmdet_softnms.registry import require_mmdet
 
@@ -261,9 +283,8 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError
-    from mmdet_softnms.files import ReevaluationError
 
-    args = parse_args()
+    args.cfg_options = config_options(args.cfg_options)
     _listen_to_scheduler()
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:

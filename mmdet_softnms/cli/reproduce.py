@@ -19,7 +19,9 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, config_options, require
 
 # A clone, or where a wheel carries the configs (pyproject.toml: .mim).
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -28,18 +30,9 @@ PROJECT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
 STATUS = {'pass': 0, 'fail': 1, 'not comparable': 2}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Leaves exit status 2, argparse's own for a wrong command line, to what the head of this file says."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f'{self.format_usage()}error: {message}\n')
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Command line, in mmdet's style."""
-    from mmengine.config import DictAction
-
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', nargs='?', help='a model of the metafiles; --list prints all')
     parser.add_argument('--list', action='store_true', help='print every model with what is published, and its source')
     parser.add_argument('--dry-run', action='store_true', help='check config, data and weights; run no network')
@@ -50,7 +43,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
+    add_cfg_options(parser)
     args = parser.parse_args(arguments)
     if (args.name is None) != args.list:
         parser.error('give the NAME of a model, or --list')
@@ -253,8 +246,10 @@ def run(args: argparse.Namespace) -> int:
     return STATUS[verdict]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run; one clear line for each thing that is missing or wrong, nothing half-written ever."""
+    args = parse_args(arguments, prog)
+    require('reevaluate')
     try:
         from mmdet_softnms.registry import require_mmdet
 
@@ -264,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mmdet_softnms.checkpoint import CheckpointError
     from mmdet_softnms.files import ReevaluationError
 
-    args = parse_args(arguments)
+    args.cfg_options = config_options(args.cfg_options)
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
         return run(args)

@@ -8,7 +8,6 @@ against the stock ``score_thr`` of 0.05 the low-score tail would be credited to 
 
 import inspect
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
+from mmdet_softnms.reevaluation.scoring.grid import AROUND, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
 from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
 _RANGED = ('iou_threshold', 'sigma', 'min_score')
-_AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
 
 
 @dataclass(frozen=True)
@@ -192,22 +191,15 @@ def _read_specs(specs: Sequence[str]) -> tuple[list[tuple[str, dict[str, list[An
     listed: list[tuple[str, dict[str, list[Any]]]] = []
     around: dict[str, list[Any]] = {}
     for spec in specs:
-        name, equals, values = spec.partition('=')
-        if not equals and Path(spec).suffix in ('.yml', '.yaml'):
-            found, thresholds = _read_file(Path(spec))
+        read = read_spec(spec)
+        if isinstance(read, Path):
+            found, thresholds = _read_file(read)
             listed += found
             for threshold, several in thresholds.items():
                 _add(around, threshold, several)
-        elif name in _AROUND:
-            _add(around, name, _values(values, spec))
-        elif equals and '.' in name:
-            rule, _, parameter = name.rpartition('.')
-            _add(grids.setdefault(rule, {}), parameter, _values(values, spec))
         else:
-            raise ReevaluationError(
-                f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
-                f'{", ".join(f"{one}=VALUES" for one in _AROUND)}, or the path of a YAML file'
-            )
+            rule, parameter, values = read
+            _add(grids.setdefault(rule, {}) if rule else around, parameter, values)
     return [*listed, *grids.items()], around
 
 
@@ -221,12 +213,12 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
         content = read_yaml(path)
     except YamlError as error:
         raise ReevaluationError(f'sweep file {path} cannot be read: {error}') from error
-    if not isinstance(content, dict) or set(content) - {'rules', *_AROUND}:
-        raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(_AROUND)} and nothing else')
+    if not isinstance(content, dict) or set(content) - {'rules', *AROUND}:
+        raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(AROUND)} and nothing else')
 
     def values(raw: Any) -> list[Any]:
         if not isinstance(raw, list):
-            return _values(str(raw), f'{raw!s:.80} in {path}')
+            return read_values(str(raw), f'{raw!s:.80} in {path}')
         if not raw or not all(isinstance(value, (bool, int, float, str)) for value in raw):
             raise ReevaluationError(f'{raw!r:.80} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
         return raw
@@ -243,37 +235,7 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
                 f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}'
             )
         grids.append((entry['type'], {key: values(raw) for key, raw in entry.items() if key != 'type'}))
-    return grids, {name: values(content[name]) for name in _AROUND if name in content}
-
-
-def _values(text: str, spec: str) -> list[Any]:
-    """``'0.1:0.3:0.1'`` or ``'0.1,0.2,0.3'`` as a list; both ends belong to a range."""
-    if ':' in text:
-        try:
-            first, last, step = (_number(word) for word in text.split(':'))
-            steps = math.floor((last - first) / step + 1e-9)
-        except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-            steps = -1
-        if not 0 <= steps < 10_000 or step <= 0:
-            raise ReevaluationError(f'{spec!r}: a range is first:last:step, as 0.1:1.0:0.1 (both ends are taken)')
-        return [type(first + step)(round(first + number * step, 10)) for number in range(steps + 1)]
-    words = text.split(',')
-    if not all(words):
-        raise ReevaluationError(f'{spec!r} has an empty value; write VALUES as 0.1,0.2 or 0.1:1.0:0.1')
-    values = []
-    for word in words:
-        try:
-            values.append(_number(word))
-        except ValueError:
-            values.append({'true': True, 'false': False}.get(word.lower(), word))
-    return values
-
-
-def _number(word: str) -> Any:
-    try:
-        return int(word)
-    except ValueError:
-        return float(word)
+    return grids, {name: values(content[name]) for name in AROUND if name in content}
 
 
 def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agnostic: bool) -> list[Rule]:
