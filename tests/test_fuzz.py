@@ -16,12 +16,7 @@ Result = tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize(
     'device',
-    [
-        'cpu',
-        pytest.param(
-            'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
-        ),
-    ],
+    ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)],
 )
 def test_random_cases_agree_with_the_definition(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = fuzz.main(['--cases', str(CASES), '--device', device])

@@ -124,13 +124,12 @@ def test_output_folder_that_cannot_be_is_one_clear_line(benchmark: ModuleType, t
         benchmark.main([*SMALL, '--out', str(tmp_path / 'file')])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is there')
 def test_gpu_that_is_not_there_is_one_clear_line(benchmark: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match='sees no GPU'):
         benchmark.main([*SMALL, '--device', 'cuda', '--out', str(tmp_path)])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
+@pytest.mark.gpu
 def test_rows_on_a_gpu(benchmark: ModuleType, tmp_path: Path) -> None:
     benchmark.main([*SMALL, '--device', 'cuda', '--out', str(tmp_path)])
     assert json.loads((tmp_path / 'benchmark_op.json').read_text())['machine']['device'] != 'CPU'
@@ -175,7 +174,7 @@ def test_growth_is_fitted(
     assert 'exponent' in capsys.readouterr().out
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.skipif(sys.platform != 'linux', reason='no /proc: the peak of a process is read there')
 def test_the_peak_memory_is_that_of_one_call(benchmark: ModuleType) -> None:
     boxes, scores, labels = benchmark.detector_candidates(200_000, 80, num_proposals=3125)[:3]
     num = len(scores)
