@@ -188,7 +188,7 @@ def test_stock_rules_are_exported_with_a_note(tmp_path):
             (DEMO, 'out.onnx', '--cfg-options', 'model.test_cfg.rcnn.nms.type=mmdet_softnms.Missing'),
             'no two-stage post-processing that can be exported',
         ),
-        ((DEMO, '/proc/out.onnx'), 'proc'),
+        ((DEMO, f'{__file__}/out.onnx'), 'test_export.py'),  # a folder that is a file
     ],
     ids=['config', 'opset', 'rois', 'argument', 'rule', 'place'],
 )

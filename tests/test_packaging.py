@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
 
 import mmdet_softnms
 from mmdet_softnms.cli.arguments import EXTRAS
@@ -94,6 +95,35 @@ def test_metadata_forces_no_stack(built):
         assert {name.replace('-', '_') for name in brought} == set(names)
     stack = re.compile('mmdet|mmcv|mmengine|openmim|onedl', re.IGNORECASE)
     assert not [line for line in metadata.get_all('Requires-Dist') if stack.search(line)]  # nor in an extra
+
+
+def test_versions_are_in_one_place():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert str(citation['version']) == mmdet_softnms.__version__
+    assert citation['authors'] == [{'name': 'mmdet_softnms contributors'}]
+    pinned = dict(re.findall(r'^([\w-]+)==([\w.]+)', (ROOT / 'tools/constraints.txt').read_text(), re.MULTILINE))
+    files = ['.pre-commit-config.yaml', '.ci/run', '.github/workflows/ci.yml', 'pyproject.toml', 'CONTRIBUTING.md']
+    files += [str(path.relative_to(ROOT)) for path in (ROOT / 'tools').glob('*.sh')]
+    for name in files:
+        for package, version in re.findall(r'\b([\w-]+)==(\d[\w.]*)', (ROOT / name).read_text()):
+            assert pinned.get(package, version) == version, f'{name} has {package} {version}'
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
+    assert [one['repo'] for one in hooks] == ['local']  # no versions of its own
+    checks = (ROOT / '.ci/run').read_text()
+    assert all(hook['entry'].replace(' --force-exclude', '') in checks for one in hooks for hook in one['hooks'])
+    assert '.ci/run' in (ROOT / '.github/workflows/ci.yml').read_text()
+
+
+def test_forms_and_workflows_can_be_read():
+    forms = sorted((ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'))
+    assert [form.stem for form in forms] == ['bug_report', 'rule_request', 'wrong_number']
+    for form in forms:
+        content = yaml.safe_load(form.read_text())
+        assert {'name', 'description', 'body'} <= set(content)
+        assert all(field['attributes']['label'] for field in content['body'])
+    asked = {field['id'] for field in yaml.safe_load(forms[-1].read_text())['body']}
+    assert {'command', 'config', 'result'} <= asked
+    assert yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())['jobs']
 
 
 def _python(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:

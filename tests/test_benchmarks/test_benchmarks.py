@@ -116,7 +116,7 @@ def test_gpu_that_is_not_there_is_one_clear_line(
         command_line.main([*command, '--device', 'cuda', '--out', str(tmp_path)])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
+@pytest.mark.gpu
 def test_rows_on_a_gpu(tmp_path: Path) -> None:
     command_line.main([*SMALL, '--device', 'cuda', '--out', str(tmp_path)])
     assert json.loads((tmp_path / 'benchmark_op.json').read_text())['machine']['device'] != 'CPU'
@@ -156,7 +156,7 @@ def test_growth_is_fitted(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert 'exponent' in capsys.readouterr().out
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.skipif(sys.platform != 'linux', reason='no /proc: the peak of a process is read there')
 def test_the_peak_memory_is_that_of_one_call() -> None:
     boxes, scores, labels = drawn.detector_candidates(200_000, 80, num_proposals=3125)[:3]
     num = len(scores)

@@ -40,14 +40,7 @@ Result = tuple[Tensor, Tensor]
 repeatable = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(
-    params=[
-        'cpu',
-        pytest.param(
-            'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
-        ),
-    ]
-)
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

@@ -245,7 +245,9 @@ def test_curves_of_both_parameters_and_of_the_best_rest(result):
 
 
 def test_plots_are_drawn_without_a_display(page):
-    environment = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY')}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')
+    }
     script = (
         'import matplotlib; import mmdet_softnms.reevaluation.report.page; '
         'print(matplotlib.get_backend(auto_select=False))'
