@@ -68,7 +68,7 @@ def peers(
     def mmcv_with(config: dict[str, Any]) -> Callable[[], Tensor]:
         return lambda: batched_nms(boxes, scores, labels, config)[1][:limit]
 
-    checked = _soft_nms._check_parameters(
+    checked = _soft_nms.check_parameters(
         min_score=min_score, max_num=max_num, dtype=torch.float32,
         **({'iou_threshold': 0.3, 'sigma': 0.5, 'offset': 0} | parameters),
     )  # fmt: skip

@@ -173,7 +173,7 @@ def check(candidates: Candidates, rule: str, max_num: int, keep: Tensor, scores:
     """Our selection is the reference's, bit for bit (the first CHECKED of it)."""
     limit = CHECKED if max_num < 0 else min(max_num, CHECKED)
     options = {'iou_threshold': 0.3, 'sigma': 0.5, 'offset': 0, **PARAMETERS[rule]}
-    params = _soft_nms._check_parameters(min_score=candidates.min_score, max_num=limit, dtype=torch.float32, **options)
+    params = _soft_nms.check_parameters(min_score=candidates.min_score, max_num=limit, dtype=torch.float32, **options)
     inputs = candidates.boxes.cpu(), candidates.scores.cpu(), candidates.labels.cpu()
     expected_keep, expected_scores = _reference.select(*inputs, params)
     if not (torch.equal(keep[:limit].cpu(), expected_keep) and torch.equal(scores[:limit].cpu(), expected_scores)):

@@ -33,7 +33,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import Parameters, raise_bad_values
+from mmdet_softnms.ops._arguments import Parameters, raise_bad_values
 
 # Numbered here, not by their place in another module: numba freezes them into its disk cache and only looks at
 # changes of this file.

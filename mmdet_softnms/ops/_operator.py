@@ -2,18 +2,43 @@
 
 The sizes of its results follow from the sizes of its input alone, so a compiler can plan with it; how many of them
 count is a tensor.
+
+It is registered where this module is imported, which ``import mmdet_softnms`` does: a program that ``torch.export`` has
+saved is loaded in a process that has imported nothing else of ours. Before torch 2.4 there is nothing to register it
+with, and :func:`padded_soft_nms` raises.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from mmdet_softnms.ops import _soft_nms, _triton
+from mmdet_softnms.ops import _triton
+from mmdet_softnms.ops._arguments import Parameters, working_type
+from mmdet_softnms.ops._dispatch import select
 
+REGISTERS = hasattr(torch.library, 'custom_op')  #: torch 2.4 or newer
 _ROWS = 256  # kept boxes whose weights are held at a time in the backward pass: 256 x M values
 
 
-@custom_op('mmdet_softnms::soft_nms', mutates_args=())
+def _custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """``torch.library.custom_op``; before torch 2.4, a function that says so."""
+    if REGISTERS:
+        return torch.library.custom_op(name, mutates_args=())
+
+    def refuse(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def refused(*_: Any, **__: Any) -> Any:
+            raise NotImplementedError(f'{function.__name__} needs torch 2.4 or newer, this is {torch.__version__}')
+
+        return refused
+
+    return refuse
+
+
+@_custom_op('mmdet_softnms::soft_nms')
 def padded_soft_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -48,15 +73,14 @@ def padded_soft_nms(
             boxes, scores, labels, method=method, iou_threshold=iou_threshold,
             sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
         )  # fmt: skip
-    parameters = _soft_nms.Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
-    keep, kept = _soft_nms.select(boxes, scores, labels, parameters)
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    keep, kept = select(boxes, scores, labels, parameters)
     size = len(scores) if max_num < 0 else min(len(scores), max_num)
     padded = keep.new_full((size,), -1), kept.new_zeros(size)
     padded[0][: len(keep)], padded[1][: len(keep)] = keep, kept
     return *padded, torch.tensor(len(keep), device=scores.device)
 
 
-@padded_soft_nms.register_fake
 def _fake(
     boxes: Tensor,
     scores: Tensor,
@@ -76,7 +100,7 @@ def _fake(
     )
 
 
-@custom_op('mmdet_softnms::soft_nms_backward', mutates_args=())
+@_custom_op('mmdet_softnms::soft_nms_backward')
 def soft_nms_backward(
     gradient: Tensor,
     boxes: Tensor,
@@ -99,7 +123,7 @@ def soft_nms_backward(
     if method == 'hard':
         to_scores[keep] = gradient.to(scores.dtype)
         return to_boxes, to_scores
-    dtype = _soft_nms.working_type(boxes, scores)
+    dtype = working_type(boxes, scores)
     # Class by class, each in selection order: a box is decayed by some of those between its class's first and itself.
     of_class = torch.zeros_like(keep) if labels is None else labels[keep].to(torch.int64)
     of_class, by_class = torch.sort(of_class, stable=True)
@@ -133,7 +157,6 @@ def soft_nms_backward(
     return to_boxes, to_scores
 
 
-@soft_nms_backward.register_fake
 def _fake_backward(
     gradient: Tensor,
     boxes: Tensor,
@@ -201,4 +224,7 @@ def _backward(ctx, _keep, gradient, _count):  # type: ignore[no-untyped-def]
     return to_boxes, to_scores, None, None, None, None, None, None, None
 
 
-padded_soft_nms.register_autograd(_backward, setup_context=_setup_context)
+if REGISTERS:
+    padded_soft_nms.register_fake(_fake)
+    padded_soft_nms.register_autograd(_backward, setup_context=_setup_context)
+    soft_nms_backward.register_fake(_fake_backward)

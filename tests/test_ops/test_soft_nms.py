@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _reference, _soft_nms
+from mmdet_softnms.ops import _arguments, _reference
 
 DEFAULTS: dict[str, Any] = {
     'method': 'gaussian',
@@ -62,7 +62,7 @@ def working_dtype(boxes: Tensor, scores: Tensor) -> torch.dtype:
 def reference(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **parameters: Any) -> Result:
     """The PyTorch oracle, with the parameters as soft_nms validates and rounds them."""
     dtype = working_dtype(boxes, scores)
-    params = _soft_nms._check_parameters(**{**DEFAULTS, **parameters}, dtype=dtype)
+    params = _arguments.check_parameters(**{**DEFAULTS, **parameters}, dtype=dtype)
     labels = None if labels is None else labels.to(torch.int64)
     keep, kept_scores = _reference.select(boxes.to(dtype), scores.to(dtype), labels, params)
     return keep, kept_scores.to(scores.dtype)
