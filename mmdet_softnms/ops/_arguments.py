@@ -90,11 +90,11 @@ def check_parameters(
         TypeError, ValueError: as :func:`mmdet_softnms.soft_nms`; the message names the parameter.
     """
     weights.get(method)
-    values = {'iou_threshold': iou_threshold, 'sigma': sigma}
-    for name, parameter in weights.PARAMETERS.items():
-        values[name] = _rounded(name, values[name], dtype)
-        if not parameter.fits(values[name]):
-            raise ValueError(f'{name} must be {parameter.range}, got {values[name]} in {dtype}')
+    iou_threshold = _rounded('iou_threshold', iou_threshold, dtype)
+    sigma = _rounded('sigma', sigma, dtype)
+    for (name, parameter), value in zip(weights.PARAMETERS.items(), (iou_threshold, sigma), strict=True):
+        if not parameter.fits(value):
+            raise ValueError(f'{name} must be {parameter.range}, got {value} in {dtype}')
     min_score = _rounded('min_score', min_score, dtype)
     offset = _rounded('offset', offset, dtype)
     if not 0 <= min_score <= 1:
@@ -109,7 +109,7 @@ def check_parameters(
         raise TypeError(f'max_num must be an int, got {max_num!r}')
     if limit < -1:
         raise ValueError(f'max_num must be >= 0, or -1 for no limit, got {limit}')
-    return Parameters(method, **values, min_score=min_score, max_num=min(limit, sys.maxsize), offset=offset)
+    return Parameters(method, iou_threshold, sigma, min_score, min(limit, sys.maxsize), offset)
 
 
 def _rounded(name: str, value: float, dtype: torch.dtype) -> float:

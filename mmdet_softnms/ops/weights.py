@@ -20,6 +20,7 @@ A new rule is one function here, or anywhere else with ``@register``::
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ PARAMETERS = {
 }
 
 
-class Weight(NamedTuple):
+@dataclass(frozen=True, eq=False)  # the same only as itself: a quick key
+class Weight:
     """A rule as the backends take it from the table."""
 
     name: str
@@ -93,9 +95,10 @@ def get(method: str) -> Weight:
     Raises:
         ValueError: there is none; the message lists those that there are.
     """
-    if not isinstance(method, str) or method not in WEIGHTS:
+    weight = WEIGHTS.get(method) if isinstance(method, str) else None
+    if weight is None:
         raise ValueError(f'method must be one of {", ".join(map(repr, WEIGHTS))}, got {method!r}')
-    return WEIGHTS[method]
+    return weight
 
 
 def rewritten(
