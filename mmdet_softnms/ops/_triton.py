@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdet_softnms.ops import weights
 from mmdet_softnms.ops._arguments import Parameters, check_parameters, check_tensors, raise_bad_values, working_type
 
 CHUNK = 512
@@ -317,7 +318,7 @@ def _select(
             params.sigma,
             params.min_score,
             params.offset,
-            METHOD=params.method,
+            **kernels.rule(weights.get(params.method)),
             CHUNK=chunk,
             TABLE=table,
             num_warps=_WARPS,

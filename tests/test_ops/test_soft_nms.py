@@ -8,6 +8,7 @@ foreign witness where its definitions agree with ours.
 The last section breaks the operator on purpose: every comparison above is only worth something if it notices.
 """
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _arguments, _reference
+from mmdet_softnms.ops import _arguments, _reference, weights
 
 DEFAULTS: dict[str, Any] = {
     'method': 'gaussian',
@@ -621,15 +622,9 @@ def shifts_classes_apart(boxes: Tensor, scores: Tensor, labels: Tensor | None = 
 def rounds_the_weight_early(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **p: Any) -> Result:
     """exp in float32, as an eager kernel would do it."""
 
-    class SinglePrecisionTorch:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        def exp(self, exponent: Tensor) -> Tensor:
-            return torch.exp(exponent.float())
-
+    rule = dataclasses.replace(weights.get('gaussian'), function=lambda iou, sigma: torch.exp(-(iou**2 / sigma).float()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_reference, 'torch', SinglePrecisionTorch())
+        patch.setitem(weights.WEIGHTS, 'gaussian', rule)
         return reference(boxes, scores, labels, **p)
 
 
