@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import _reference, _soft_nms
+from mmdet_softnms import reference
 
 MMCV_SOFT, MMCV_HARD, ENSEMBLE = 'mmcv soft', 'mmcv hard', 'ensemble-boxes soft'
 TORCHVISION, BIRDER, PLAIN, TENSORFLOW = 'torchvision hard', 'birder soft', 'plain PyTorch', 'TensorFlow'
@@ -33,7 +33,7 @@ REMARKS = {
     'the end with > instead of >=, result grouped by class and not sorted; no early stop.',
     TORCHVISION: '`batched_nms` at IoU 0.5, whatever the rule of the row; cut afterwards.',
     BIRDER: 'a CUDA kernel on a GPU; on a CPU what it falls back to, a loop over classes in PyTorch.',
-    PLAIN: 'the definition, a loop of vectorised PyTorch over selections (mmdet_softnms/ops/_reference.py).',
+    PLAIN: 'the definition, a loop of vectorised PyTorch over selections (mmdet_softnms.reference).',
     TENSORFLOW: '`tf.image.non_max_suppression_with_scores` with soft_nms_sigma = sigma / 2, classes moved apart as in '
     'mmcv; it has no linear rule. It stops early. In a process of its own, timed there.',
 }
@@ -97,9 +97,7 @@ def definition(
     boxes: Tensor, scores: Tensor, labels: Tensor, parameters: dict[str, Any], min_score: float, max_num: int
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch: what every selection is checked with."""
-    options = {'iou_threshold': 0.3, 'sigma': 0.5, 'offset': 0} | parameters
-    checked = _soft_nms._check_parameters(min_score=min_score, max_num=max_num, dtype=torch.float32, **options)
-    return _reference.select(boxes, scores, labels, checked)
+    return reference(boxes, scores, labels, min_score=min_score, max_num=max_num, **parameters)
 
 
 def missing(device: torch.device) -> dict[str, str]:

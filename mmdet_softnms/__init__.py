@@ -1,7 +1,8 @@
 """Soft-NMS for MMDetection 3.x: the operator, and RoI heads that use it by config alone.
 
-``import mmdet_softnms`` needs torch and numba only. The registered parts (rules, RoI heads) live behind
-:mod:`mmdet_softnms.registry`, which mmengine imports by itself for any ``type='mmdet_softnms.X'``.
+``import mmdet_softnms`` needs torch and numba only, and registers ``torch.ops.mmdet_softnms.soft_nms`` (torch 2.4 or
+newer). The parts registered for configs (rules, RoI heads) live behind :mod:`mmdet_softnms.registry`, which mmengine
+imports by itself for any ``type='mmdet_softnms.X'``.
 """
 
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = '0.1.0'
-__all__ = ['__version__', 'batched_soft_nms', 'soft_nms', 'warmup']
+__all__ = ['__version__', 'batched_soft_nms', 'padded_soft_nms', 'reference', 'soft_nms', 'warmup']
 
 
 def _is_command() -> bool:
@@ -32,7 +33,7 @@ def _is_command() -> bool:
 
 
 if TYPE_CHECKING or not _is_command():
-    from mmdet_softnms.ops import batched_soft_nms, soft_nms, warmup
+    from mmdet_softnms.ops import batched_soft_nms, padded_soft_nms, reference, soft_nms, warmup
 else:
 
     def __getattr__(name: str) -> Any:

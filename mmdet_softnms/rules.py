@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import batched_soft_nms, soft_nms
+from mmdet_softnms.ops import batched_soft_nms, soft_nms, weights
 from mmdet_softnms.ops._soft_nms import Method
 
 
@@ -55,8 +55,8 @@ class SoftNMS:
         self._arguments = dict(
             method=method, iou_threshold=iou_threshold, sigma=sigma, min_score=min_score, offset=offset
         )
-        unused = {'linear': 'sigma', 'gaussian': 'iou_threshold', 'hard': 'sigma'}.get(method)
-        self.params = {name: value for name, value in self._arguments.items() if name != unused}
+        unused = weights.PARAMETERS.keys() - set(weights.get(method).parameters)
+        self.params = {name: value for name, value in self._arguments.items() if name not in unused}
         if class_agnostic:
             self.params['class_agnostic'] = True
         self(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64), 0)  # checks the arguments

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmdet_softnms.ops import _triton
-from mmdet_softnms.ops._soft_nms import _check_tensors, _differentiable_or_compiled, soft_nms
+from mmdet_softnms.ops._arguments import check_tensors
+from mmdet_softnms.ops._soft_nms import differentiable_or_compiled, soft_nms
 
 #: Selections, with a fiftieth of the candidates, below which a batch (a third of a millisecond) is not worth waking
 #: threads for.
@@ -121,10 +122,10 @@ def _in_one_launch(
     kinds = {(tensor.device, tensor.dtype) for tensor in boxes}, {(tensor.device, tensor.dtype) for tensor in scores}
     if len(kinds[0]) > 1 or len(kinds[1]) > 1 or not _triton.available(scores[0].device):
         return None
-    if any(map(_differentiable_or_compiled, boxes, scores)):
+    if any(map(differentiable_or_compiled, boxes, scores)):
         return None
     for number in range(len(scores)):
-        _check_tensors(boxes[number], scores[number], None if labels is None else labels[number])
+        check_tensors(boxes[number], scores[number], None if labels is None else labels[number])
     return _triton.soft_nms_of_list(boxes, scores, labels, **parameters)
 
 

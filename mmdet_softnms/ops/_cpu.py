@@ -13,8 +13,11 @@ What the profile asked for on top of that:
   taken from a sample of the scores; those below it can only matter once the root has sunk below it, and then the next
   layer joins. A poor sample costs time, never exactness.
 * Where many are wanted, the IoUs are. Selected boxes of a class lie in blocks of ``_LANES``, one coordinate after the
-  other, so that LLVM computes a block's IoUs at once; the few that count are gathered, and gaussian weights are
-  computed ``_LANES`` at a time.
+  other, so that LLVM computes a block's IoUs at once; the few that count are gathered, and their weights are computed
+  ``_LANES`` at a time.
+
+Every rule has a kernel of its own, with its weight from :mod:`mmdet_softnms.ops.weights` compiled in: a factory,
+``_selection``, makes the function that numba compiles at the first call of that rule.
 
 Names: ``heap_scores``/``heap_index`` (N,): the heap, two parallel arrays. ``selected`` (B, 5, _LANES): blocks of
 selected boxes, x1, y1, x2, y2 and area; ``after`` (B,): the next block of the same class. A place in them is
@@ -22,23 +25,25 @@ selected boxes, x1, y1, x2, y2 and area; ``after`` (B,): the next block of the s
 before there is any. ``seen`` (N,): the place up to which a box's score reflects the selections of its class, -1: none.
 """
 
+import hashlib
 import math
+import sys
+import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numba import types
+from numba.core.caching import FunctionCache
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import Parameters, raise_bad_values
+from mmdet_softnms.ops import weights
+from mmdet_softnms.ops._arguments import Parameters, raise_bad_values
 
-# Numbered here, not by their place in another module: numba freezes them into its disk cache and only looks at
-# changes of this file.
-_LINEAR, _GAUSSIAN, _HARD = range(3)
-_METHOD_NUMBERS = {'linear': _LINEAR, 'gaussian': _GAUSSIAN, 'hard': _HARD}
 _BAD_VALUE = -1
 _LANES = 16
 _FEW = 4  # weights, below which the library's exp is sooner done than _LANES at once
@@ -64,15 +69,15 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     if highest > num_boxes + 2048:  # the kernel has two places for every label: rather for those that occur
         dense_ = np.empty(num_boxes, np.int64)
         highest = _number(dense.numpy(), dense_) - 1
+    weight = weights.get(params.method)
     limit = num_boxes if params.max_num < 0 else min(params.max_num, num_boxes)
     keep, kept_scores = np.empty(limit, np.int64), np.empty(limit, real)
-    count = _select(
+    count = kernel(weight)(
         boxes_,
         scores_,
         dense_,
         highest + 1,
-        _METHOD_NUMBERS[params.method],
-        real(params.iou_threshold),
+        params.iou_threshold,
         params.sigma,
         real(params.min_score),
         real(params.offset),
@@ -85,22 +90,35 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
 _cache_works = True
 
 
-def _compiled(make: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Compile for float32 and float64 at import, never in a call; from numba's disk cache where there is one.
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's disk cache, which looks at the file of the compiled function alone, with the weights' file in the key."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        sources = (Path(module.__file__).read_bytes() for module in (weights, sys.modules[__name__]))  # type: ignore[type-var, arg-type]
+        return sig, codegen.magic_tuple(), hashlib.sha256(b''.join(sources)).hexdigest()
+
+
+def _compiled(make: Callable[[Any], Any], cached: bool = True) -> Callable[[Callable[..., Any]], Any]:
+    """Compile for float32 and float64 now, never in a call; from numba's disk cache where there is one.
 
     Args:
         make: the signature for a floating type.
+        cached: everything that is compiled in stands in this file or in ``weights.py``.
     """
 
     def compile_now(function: Callable[..., Any]) -> Any:
         global _cache_works
-        options: dict[str, Any] = {'nogil': True, 'error_model': 'numpy'}
         signatures = list(dict.fromkeys([make(types.float32), make(types.float64)]))
-        if _cache_works:
+        if _cache_works and cached:
             # numba raises where no directory is writable, the disk is full or a cached file is damaged. None of this
             # is a reason not to run; an error of the compilation itself comes again below.
             try:
-                return numba.njit(signatures, cache=True, **options)(function)
+                dispatcher = numba.njit(nogil=True, error_model='numpy')(function)
+                dispatcher._cache = _Cache(function)
+                for signature in signatures:
+                    dispatcher.compile(signature)
+                dispatcher.disable_compile()
+                return dispatcher
             except Exception as error:
                 _cache_works = False
                 warnings.warn(
@@ -110,7 +128,7 @@ def _compiled(make: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Any]
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        return numba.njit(signatures, **options)(function)
+        return numba.njit(signatures, nogil=True, error_model='numpy')(function)
 
     return compile_now
 
@@ -230,168 +248,203 @@ def _gather(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, error_model='numpy', inline='always')
-def _weight(iou, method, sigma):  # type: ignore[no-untyped-def]
-    """Linear or gaussian weight of one IoU above the threshold."""
-    real = type(iou)
-    if method == _LINEAR:
-        return real(1) - iou
-    wide = np.float64(iou)
-    return real(math.exp(-(wide * wide) / sigma))
+def _where(condition, a, b):  # type: ignore[no-untyped-def]
+    return a if condition else b
 
 
 @numba.njit(nogil=True, error_model='numpy', inline='always')
-def _gaussian_weights(ious, sigma, weights):  # type: ignore[no-untyped-def]
-    """_LANES of them at once, for float32.
+def _exp(x):  # type: ignore[no-untyped-def]
+    """exp for several lanes at once, whose results are rounded to float32.
 
-    exp in float64 to its last bit or two, so that rounding it to float32 gives what any good exp gives, but without a
+    In float64 to its last bit or two, so that rounding it to float32 gives what any good exp gives, but without a
     call, so that it vectorises: exp(x) = 2^n exp(r) with abs(r) <= log(2) / 2, and Taylor's polynomial for exp(r),
-    whose remainder is below 1e-17. Cut at -700, where float32 has long been at 0.
+    whose remainder is below 1e-17. Cut at -700 and 700, where float32 has long been at 0 and at infinity.
     """
-    for k in range(_LANES):
-        iou = np.float64(ious[k])
-        x = -(iou * iou) / sigma
-        x = x if x > -700.0 else -700.0
-        shifted = x * 1.4426950408889634 + 6755399441055744.0  # 1.5 * 2^52: rounds, and leaves n in the lowest bits
-        n = shifted - 6755399441055744.0
-        r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10  # log(2) in two parts
-        p = 1 / 6227020800.0
-        p = p * r + 1 / 479001600.0
-        p = p * r + 1 / 39916800.0
-        p = p * r + 1 / 3628800.0
-        p = p * r + 1 / 362880.0
-        p = p * r + 1 / 40320.0
-        p = p * r + 1 / 5040.0
-        p = p * r + 1 / 720.0
-        p = p * r + 1 / 120.0
-        p = p * r + 1 / 24.0
-        p = p * r + 1 / 6.0
-        p = p * r + 0.5
-        p = (p * r) * r + r + 1.0
-        power = np.int64((np.float64(shifted).view(np.int64) + np.int64(1023)) << np.int64(52)).view(np.float64)
-        weights[k] = weights.dtype.type(p * power)
+    x = x if x > -700.0 else -700.0
+    x = x if x < 700.0 else 700.0
+    shifted = x * 1.4426950408889634 + 6755399441055744.0  # 1.5 * 2^52: rounds, and leaves n in the lowest bits
+    n = shifted - 6755399441055744.0
+    r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10  # log(2) in two parts
+    p = 1 / 6227020800.0
+    p = p * r + 1 / 479001600.0
+    p = p * r + 1 / 39916800.0
+    p = p * r + 1 / 3628800.0
+    p = p * r + 1 / 362880.0
+    p = p * r + 1 / 40320.0
+    p = p * r + 1 / 5040.0
+    p = p * r + 1 / 720.0
+    p = p * r + 1 / 120.0
+    p = p * r + 1 / 24.0
+    p = p * r + 1 / 6.0
+    p = p * r + 0.5
+    p = (p * r) * r + r + 1.0
+    power = np.int64((np.float64(shifted).view(np.int64) + np.int64(1023)) << np.int64(52)).view(np.float64)
+    return p * power
 
 
-@_compiled(
-    lambda real: types.int64(
-        real[:, ::1],
-        real[::1],
-        types.int64[::1],
-        types.int64,
-        types.int64,
-        real,
-        types.float64,
-        real,
-        real,
-        types.int64[::1],
-        real[::1],
-    )
-)
-def _select(  # type: ignore[no-untyped-def]
-    boxes, scores, labels, num_classes, method, iou_threshold, sigma, min_score, offset, keep, kept_scores
-):
-    """Fill ``keep`` and ``kept_scores``; returns how many were selected."""
-    real = scores.dtype.type
-    num_boxes, limit = len(scores), len(keep)
-    heap_scores, heap_index = np.empty(num_boxes, scores.dtype), np.empty(num_boxes, np.int64)
-    seen = np.full(num_boxes, -1, np.int32)
-    head, tail = np.full(num_classes, -1, np.int32), np.full(num_classes, -1, np.int32)
-    num_blocks = limit // _LANES + min(num_classes, limit) + 1
-    selected, after = np.empty((num_blocks, 5, _LANES), boxes.dtype), np.empty(num_blocks, np.int32)
-    blocks_used = 0
-    ious, weights = np.zeros(_LANES, boxes.dtype), np.zeros(_LANES, boxes.dtype)
-    hits = np.zeros(2 * _LANES, boxes.dtype)
-    threshold = real(0) if method == _GAUSSIAN else iou_threshold  # an IoU has to be above it to matter
-    is_double = boxes.itemsize == 8
+def _weight_of(weight: weights.Weight, exp: Any) -> Any:
+    """The weight for numba, of a float64 IoU and all parameters."""
+    words = dict(where=_where, exp=exp, cos=math.cos, sqrt=math.sqrt)
+    options = dict(nogil=True, error_model='numpy', inline='always')
+    function = numba.njit(**options)(weights.rewritten(weight.function, words))
+    taken = ', '.join(('iou', *weight.parameters))
+    call = eval(f'lambda iou, {", ".join(weights.PARAMETERS)}: function({taken})', {'function': function})
+    return numba.njit(**options)(call)
 
-    few_wanted = num_boxes >= 4 * _SAMPLE and limit <= num_boxes // 8
-    sample = np.empty(_SAMPLE if few_wanted else 0, scores.dtype)
-    for k in range(len(sample)):
-        sample[k] = scores[(k * 2654435761) % num_boxes]  # scattered: columns of classes have a period
-    sample.sort()
-    above = 2 + 4 * limit * _SAMPLE // num_boxes  # how many of the sample the next layer reaches down to
-    bound = real(np.inf)
-    size = count = 0
-    while count < limit:
-        if size == 0 or heap_scores[0] < bound:  # a candidate outside of the heap may be ahead
-            if bound <= min_score:
-                break
-            upper, bound = bound, min_score
-            if above <= len(sample):
-                bound = max(bound, sample[len(sample) - above])
-                above *= 4
-            for i in range(num_boxes):
-                if bound <= scores[i] < upper:
-                    heap_scores[size], heap_index[size] = scores[i], i
-                    size += 1
-            for place in range(size // 2 - 1, -1, -1):
-                _sink(heap_scores, heap_index, size, place)
-            continue
 
-        score, i = heap_scores[0], heap_index[0]
-        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
-        area = (x2 - x1 + offset) * (y2 - y1 + offset)
-        c = labels[i]
-        place, end = seen[i], tail[c]
-        if place < 0:
-            place = head[c]
-        removed = False
-        num_hits = 0
-        if end - place < _FEW and place // _LANES == end // _LANES:  # nearly always where few are wanted
-            block = selected[end // _LANES]
-            for lane in range(place % _LANES, end % _LANES):
-                iou = _iou(block, lane, x1, y1, x2, y2, area, offset)
-                if iou > threshold:
-                    if method == _HARD:
-                        removed = True
-                    else:
-                        score = score * _weight(iou, method, sigma)
-            place = end
-        while place != end and not removed:
-            number, first = place // _LANES, place % _LANES
-            last = number == end // _LANES
-            stop = end % _LANES if last else _LANES
-            place = end if last else after[number] * _LANES
-            num_hits = _gather(
-                selected[number], first, stop, x1, y1, x2, y2, area, offset, threshold, ious, hits, num_hits
-            )
-            if method == _HARD:
-                removed = num_hits > 0
+def _lanes_of(weight: weights.Weight) -> Any:
+    """A function that computes ``_LANES`` weights of float32 at once."""
+    weigh = _weight_of(weight, _exp)
+
+    @numba.njit(nogil=True, error_model='numpy', inline='always')
+    def lanes(ious, iou_threshold, sigma, results):  # type: ignore[no-untyped-def]
+        for k in range(_LANES):
+            results[k] = results.dtype.type(weigh(np.float64(ious[k]), iou_threshold, sigma))
+
+    return lanes
+
+
+_kernels: dict[weights.Weight, Any] = {}
+_one_compiles = threading.Lock()
+
+
+def kernel(weight: weights.Weight) -> Any:
+    """The compiled selection of a rule; compiled at the first call, one at a time.
+
+    From the disk cache where the rule is one of ``weights.py``: numba would not see a change of other files.
+    """
+    compiled = _kernels.get(weight)
+    if compiled is not None:
+        return compiled
+    with _one_compiles:
+        if weight not in _kernels:
+            cached = weight.function.__module__ == weights.__name__
+            _kernels[weight] = _compiled(_selection_types, cached)(_selection(weight))
+    return _kernels[weight]
+
+
+def _selection_types(real: Any) -> Any:
+    wide, whole = types.float64, types.int64
+    return whole(real[:, ::1], real[::1], whole[::1], whole, wide, wide, real, real, whole[::1], real[::1])
+
+
+def _selection(weight: weights.Weight) -> Callable[..., Any]:
+    """The function that numba compiles for a rule."""
+    weigh, weigh_lanes = _weight_of(weight, math.exp), _lanes_of(weight)
+    removes, has_threshold = weight.removes, 'iou_threshold' in weight.parameters
+
+    def select(  # type: ignore[no-untyped-def]
+        boxes, scores, labels, num_classes, iou_threshold, sigma, min_score, offset, keep, kept_scores
+    ):
+        """Fill ``keep`` and ``kept_scores``; returns how many were selected."""
+        real = scores.dtype.type
+        num_boxes, limit = len(scores), len(keep)
+        heap_scores, heap_index = np.empty(num_boxes, scores.dtype), np.empty(num_boxes, np.int64)
+        seen = np.full(num_boxes, -1, np.int32)
+        head, tail = np.full(num_classes, -1, np.int32), np.full(num_classes, -1, np.int32)
+        num_blocks = limit // _LANES + min(num_classes, limit) + 1
+        selected, after = np.empty((num_blocks, 5, _LANES), boxes.dtype), np.empty(num_blocks, np.int32)
+        blocks_used = 0
+        ious, factors = np.zeros(_LANES, boxes.dtype), np.zeros(_LANES, boxes.dtype)
+        hits = np.zeros(2 * _LANES, boxes.dtype)
+        threshold = real(iou_threshold) if has_threshold else real(0)  # an IoU has to be above it to matter
+        is_double = boxes.itemsize == 8
+
+        few_wanted = num_boxes >= 4 * _SAMPLE and limit <= num_boxes // 8
+        sample = np.empty(_SAMPLE if few_wanted else 0, scores.dtype)
+        for k in range(len(sample)):
+            sample[k] = scores[(k * 2654435761) % num_boxes]  # scattered: columns of classes have a period
+        sample.sort()
+        above = 2 + 4 * limit * _SAMPLE // num_boxes  # how many of the sample the next layer reaches down to
+        bound = real(np.inf)
+        size = count = 0
+        while count < limit:
+            if size == 0 or heap_scores[0] < bound:  # a candidate outside of the heap may be ahead
+                if bound <= min_score:
+                    break
+                upper, bound = bound, min_score
+                if above <= len(sample):
+                    bound = max(bound, sample[len(sample) - above])
+                    above *= 4
+                for i in range(num_boxes):
+                    if bound <= scores[i] < upper:
+                        heap_scores[size], heap_index[size] = scores[i], i
+                        size += 1
+                for place in range(size // 2 - 1, -1, -1):
+                    _sink(heap_scores, heap_index, size, place)
                 continue
-            while num_hits >= _LANES or (num_hits > 0 and place == end):
-                ready = min(num_hits, _LANES)
-                if method == _LINEAR or ready < _FEW or is_double:
-                    for k in range(ready):
-                        score = score * _weight(hits[k], method, sigma)
-                else:
-                    _gaussian_weights(hits, sigma, weights)
-                    for k in range(ready):
-                        score = score * weights[k]
-                num_hits -= ready
-                for k in range(num_hits):
-                    hits[k] = hits[k + _LANES]
-            removed = score < min_score
-        removed = removed or score < min_score
-        seen[i] = end
 
-        if not removed and score < heap_scores[0]:
-            heap_scores[0] = score
+            score, i = heap_scores[0], heap_index[0]
+            x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+            area = (x2 - x1 + offset) * (y2 - y1 + offset)
+            c = labels[i]
+            place, end = seen[i], tail[c]
+            if place < 0:
+                place = head[c]
+            removed = False
+            num_hits = 0
+            if end - place < _FEW and place // _LANES == end // _LANES:  # nearly always where few are wanted
+                block = selected[end // _LANES]
+                for lane in range(place % _LANES, end % _LANES):
+                    iou = _iou(block, lane, x1, y1, x2, y2, area, offset)
+                    if iou > threshold:
+                        factor = real(weigh(np.float64(iou), iou_threshold, sigma))
+                        if removes:
+                            removed = removed or factor == 0
+                        else:
+                            score = score * factor
+                place = end
+            while place != end and not removed:
+                number, first = place // _LANES, place % _LANES
+                last = number == end // _LANES
+                stop = end % _LANES if last else _LANES
+                place = end if last else after[number] * _LANES
+                num_hits = _gather(
+                    selected[number], first, stop, x1, y1, x2, y2, area, offset, threshold, ious, hits, num_hits
+                )
+                if removes:
+                    for k in range(num_hits):
+                        removed = removed or weigh(np.float64(hits[k]), iou_threshold, sigma) == 0
+                    num_hits = 0
+                    continue
+                while num_hits >= _LANES or (num_hits > 0 and place == end):
+                    ready = min(num_hits, _LANES)
+                    if ready < _FEW or is_double:
+                        for k in range(ready):
+                            score = score * real(weigh(np.float64(hits[k]), iou_threshold, sigma))
+                    else:
+                        weigh_lanes(hits, iou_threshold, sigma, factors)
+                        for k in range(ready):
+                            score = score * factors[k]
+                    num_hits -= ready
+                    for k in range(num_hits):
+                        hits[k] = hits[k + _LANES]
+                removed = score < min_score
+            removed = removed or score < min_score
+            seen[i] = end
+
+            if not removed and score < heap_scores[0]:
+                heap_scores[0] = score
+                _sink(heap_scores, heap_index, size, 0)
+                continue
+            if not removed:
+                keep[count], kept_scores[count] = i, score
+                count += 1
+                if end < 0:
+                    head[c] = end = blocks_used * _LANES
+                    blocks_used += 1
+                number, lane = end // _LANES, end % _LANES
+                block = selected[number]
+                block[0, lane], block[1, lane], block[2, lane], block[3, lane], block[4, lane] = x1, y1, x2, y2, area
+                end += 1
+                if lane == _LANES - 1:
+                    after[number], end = blocks_used, blocks_used * _LANES
+                    blocks_used += 1
+                tail[c] = end
+            size -= 1
+            heap_scores[0], heap_index[0] = heap_scores[size], heap_index[size]
             _sink(heap_scores, heap_index, size, 0)
-            continue
-        if not removed:
-            keep[count], kept_scores[count] = i, score
-            count += 1
-            if end < 0:
-                head[c] = end = blocks_used * _LANES
-                blocks_used += 1
-            number, lane = end // _LANES, end % _LANES
-            block = selected[number]
-            block[0, lane], block[1, lane], block[2, lane], block[3, lane], block[4, lane] = x1, y1, x2, y2, area
-            end += 1
-            if lane == _LANES - 1:
-                after[number], end = blocks_used, blocks_used * _LANES
-                blocks_used += 1
-            tail[c] = end
-        size -= 1
-        heap_scores[0], heap_index[0] = heap_scores[size], heap_index[size]
-        _sink(heap_scores, heap_index, size, 0)
-    return count
+        return count
+
+    select.__qualname__ = f'_select_{weight.name}'  # names the file in numba's cache
+    return select

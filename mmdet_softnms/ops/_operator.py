@@ -2,18 +2,43 @@
 
 The sizes of its results follow from the sizes of its input alone, so a compiler can plan with it; how many of them
 count is a tensor.
+
+It is registered where this module is imported, which ``import mmdet_softnms`` does: a program that ``torch.export`` has
+saved is loaded in a process that has imported nothing else of ours. Before torch 2.4 there is nothing to register it
+with, and :func:`padded_soft_nms` raises.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from mmdet_softnms.ops import _soft_nms, _triton
+from mmdet_softnms.ops import _triton, weights
+from mmdet_softnms.ops._arguments import Parameters, working_type
+from mmdet_softnms.ops._dispatch import select
 
+REGISTERS = hasattr(torch.library, 'custom_op')  #: torch 2.4 or newer
 _ROWS = 256  # kept boxes whose weights are held at a time in the backward pass: 256 x M values
 
 
-@custom_op('mmdet_softnms::soft_nms', mutates_args=())
+def _custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """``torch.library.custom_op``; before torch 2.4, a function that says so."""
+    if REGISTERS:
+        return torch.library.custom_op(name, mutates_args=())
+
+    def refuse(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def refused(*_: Any, **__: Any) -> Any:
+            raise NotImplementedError(f'{function.__name__} needs torch 2.4 or newer, this is {torch.__version__}')
+
+        return refused
+
+    return refuse
+
+
+@_custom_op('mmdet_softnms::soft_nms')
 def padded_soft_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -48,15 +73,14 @@ def padded_soft_nms(
             boxes, scores, labels, method=method, iou_threshold=iou_threshold,
             sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
         )  # fmt: skip
-    parameters = _soft_nms.Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
-    keep, kept = _soft_nms.select(boxes, scores, labels, parameters)
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    keep, kept = select(boxes, scores, labels, parameters)
     size = len(scores) if max_num < 0 else min(len(scores), max_num)
     padded = keep.new_full((size,), -1), kept.new_zeros(size)
     padded[0][: len(keep)], padded[1][: len(keep)] = keep, kept
     return *padded, torch.tensor(len(keep), device=scores.device)
 
 
-@padded_soft_nms.register_fake
 def _fake(
     boxes: Tensor,
     scores: Tensor,
@@ -76,7 +100,7 @@ def _fake(
     )
 
 
-@custom_op('mmdet_softnms::soft_nms_backward', mutates_args=())
+@_custom_op('mmdet_softnms::soft_nms_backward')
 def soft_nms_backward(
     gradient: Tensor,
     boxes: Tensor,
@@ -96,10 +120,13 @@ def soft_nms_backward(
     to_boxes, to_scores = torch.zeros_like(boxes), torch.zeros_like(scores)
     real = keep >= 0
     keep, gradient = keep[real], gradient[real]
-    if method == 'hard':
+    rule = weights.get(method)
+    if rule.removes:  # what is kept has not been decayed
         to_scores[keep] = gradient.to(scores.dtype)
         return to_boxes, to_scores
-    dtype = _soft_nms.working_type(boxes, scores)
+    parameters = dict(iou_threshold=iou_threshold, sigma=sigma)
+    values = [parameters[name] for name in rule.parameters]
+    dtype = working_type(boxes, scores)
     # Class by class, each in selection order: a box is decayed by some of those between its class's first and itself.
     of_class = torch.zeros_like(keep) if labels is None else labels[keep].to(torch.int64)
     of_class, by_class = torch.sort(of_class, stable=True)
@@ -113,27 +140,26 @@ def soft_nms_backward(
         begin = int(first[start])
         rows, earlier = slice(start, stop), slice(begin, stop)
         decays = (place[earlier] < place[rows, None]) & (place[earlier] >= first[rows, None])
-        iou = _iou(kept[rows, None], kept[None, earlier], offset)[0]
-        if method == 'linear':
-            over = decays & (iou > iou_threshold)
-            weights, slopes = torch.where(over, 1 - iou, 1.0), torch.where(over, -1.0, 0.0).to(dtype)
+        overlaps = _iou(kept[rows, None], kept[None, earlier], offset) > 0
+        row, column = (decays & overlaps).nonzero(as_tuple=True)  # most pairs do not
+
+        def decayed(some: Tensor, row: Tensor = row, column: Tensor = column, rows: slice = rows) -> Any:
+            """The sum whose gradient is wanted, of the boxes ``begin`` to ``stop``; and the products of the weights."""
+            iou = _iou(some[row + rows.start - begin], some[column], offset)
+            left = rule.function(iou.double(), *values).to(dtype)
+            products = some.new_ones(decays.shape).index_put((row, column), left).prod(1)
+            return (gradient[rows] * kept_scores[rows] * products).sum(), products
+
+        if wants_boxes:
+            by_boxes, products = torch.func.grad(decayed, has_aux=True)(kept[earlier])
+            box_gradients[earlier] += by_boxes
         else:
-            weights = torch.where(decays, torch.exp(-(iou**2) / sigma), 1.0)
-            slopes = torch.where(decays, -2 * iou / sigma * weights, 0.0)
-        to_scores[keep[rows]] = (gradient[rows] * weights.prod(1)).to(scores.dtype)
-        if not wants_boxes:
-            continue
-        per_iou = (gradient[rows] * kept_scores[rows])[:, None] * _products_of_others(weights) * slopes
-        row, column = per_iou.nonzero(as_tuple=True)  # most pairs do not overlap
-        of_row, of_column = _iou_derivatives(kept[start + row], kept[begin + column], offset)
-        per_iou = per_iou[row, column, None]
-        box_gradients.index_add_(0, start + row, per_iou * of_row)
-        box_gradients.index_add_(0, begin + column, per_iou * of_column)
+            products = decayed(kept[earlier])[1]
+        to_scores[keep[rows]] = (gradient[rows] * products).to(scores.dtype)
     to_boxes[keep] = box_gradients.to(boxes.dtype)
     return to_boxes, to_scores
 
 
-@soft_nms_backward.register_fake
 def _fake_backward(
     gradient: Tensor,
     boxes: Tensor,
@@ -149,40 +175,14 @@ def _fake_backward(
     return torch.empty_like(boxes), torch.empty_like(scores)
 
 
-def _iou(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, ...]:
-    """IoUs of (..., 4) boxes, 0 where they do not overlap; their intersections, unions (1 there), and (..., 2) sides of
-    intersections and boxes."""
+def _iou(a: Tensor, b: Tensor, offset: float) -> Tensor:
+    """IoUs of (..., 4) boxes, 0 where they do not overlap."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]) + offset
     sides_a, sides_b = a[..., 2:] - a[..., :2] + offset, b[..., 2:] - b[..., :2] + offset
     inside = sides[..., 0] * sides[..., 1]
     union = sides_a[..., 0] * sides_a[..., 1] + sides_b[..., 0] * sides_b[..., 1] - inside
     overlap = (sides[..., 0] > 0) & (sides[..., 1] > 0) & (union > 0)
-    union = torch.where(overlap, union, 1.0)
-    return torch.where(overlap, inside / union, 0.0), inside, union, sides, sides_a, sides_b
-
-
-def _iou_derivatives(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, Tensor]:
-    """Derivatives of the IoUs of (P, 4) overlapping pairs by the first's and by the second's (x1, y1, x2, y2)."""
-    _, inside, union, sides, sides_a, sides_b = _iou(a, b, offset)
-    # IoU = I / U, U = A + B - I:  dIoU = dI (U + I) / U^2 - (dA + dB) I / U^2
-    by_inside, by_area = ((union + inside) / union**2)[:, None], (-inside / union**2)[:, None]
-    across = sides.flip(-1)  # what a unit of width is worth in area: the height
-
-    def by(own: Tensor, other: Tensor, own_sides: Tensor) -> Tensor:
-        inside_by = torch.cat([-across * (own[:, :2] > other[:, :2]), across * (own[:, 2:] < other[:, 2:])], 1)
-        area_by = torch.cat([-own_sides.flip(-1), own_sides.flip(-1)], 1)
-        return by_inside * inside_by + by_area * area_by
-
-    return by(a, b, sides_a), by(b, a, sides_b)
-
-
-def _products_of_others(weights: Tensor) -> Tensor:
-    """(R, C): the product of a row without each of its entries; a weight may be 0, so nothing is divided by it."""
-    zero = weights == 0
-    zeros = zero.sum(1, keepdim=True)
-    product = torch.where(zero, 1.0, weights).prod(1, keepdim=True)
-    without = torch.where(zero, product, product / torch.where(zero, 1.0, weights))
-    return torch.where(zeros - zero.long() > 0, 0.0, without)
+    return torch.where(overlap, inside / torch.where(overlap, union, 1.0), 0.0)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -201,4 +201,7 @@ def _backward(ctx, _keep, gradient, _count):  # type: ignore[no-untyped-def]
     return to_boxes, to_scores, None, None, None, None, None, None, None
 
 
-padded_soft_nms.register_autograd(_backward, setup_context=_setup_context)
+if REGISTERS:
+    padded_soft_nms.register_fake(_fake)
+    padded_soft_nms.register_autograd(_backward, setup_context=_setup_context)
+    soft_nms_backward.register_fake(_fake_backward)

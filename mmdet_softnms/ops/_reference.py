@@ -6,7 +6,29 @@ One selection a turn over all boxes, nothing clever. Any device, float32 and flo
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import Parameters, box_areas, has_safe_area, raise_bad_values
+from mmdet_softnms.ops import weights
+from mmdet_softnms.ops._arguments import Parameters, box_areas, checked, has_safe_area, raise_bad_values
+
+
+def reference(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None = None,
+    *,
+    method: str = 'gaussian',
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    max_num: int = -1,
+    offset: float = 0,
+) -> tuple[Tensor, Tensor]:
+    """The definition of :func:`mmdet_softnms.soft_nms` in plain PyTorch, to compare with; slow, without gradients.
+
+    Args, Returns, Raises: as there. Any device that has float64.
+    """
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    keep, kept_scores = select(*checked(boxes, scores, labels, parameters))
+    return keep, kept_scores.to(scores.dtype)
 
 
 def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters) -> tuple[Tensor, Tensor]:
@@ -29,8 +51,10 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     if not fine:
         raise_bad_values(boxes, scores, labels, params.offset)
 
-    # As tensors of the working type: a Python number would be compared in a type of torch's choosing.
-    threshold, offset = boxes.new_tensor(params.iou_threshold), boxes.new_tensor(params.offset)
+    rule = weights.get(params.method)
+    values = [getattr(params, name) for name in rule.parameters]
+    # As a tensor of the working type: a Python number would be added in a type of torch's choosing.
+    offset = boxes.new_tensor(params.offset)
     areas = box_areas(boxes, params.offset)
     current = scores.clone()
     alive = current >= scores.new_tensor(params.min_score)
@@ -47,14 +71,11 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
 
         iou = _iou_with(boxes, areas, chosen, offset)
         decays = alive if labels is None else alive & (labels == labels[chosen])
-        if params.method == 'hard':
-            alive &= ~(decays & (iou > threshold))
+        left = rule.function(iou.double(), *values).to(iou.dtype)
+        if rule.removes:
+            alive &= ~decays | (left > 0)
             continue
-        if params.method == 'linear':
-            weights = torch.where(iou > threshold, 1 - iou, torch.ones_like(iou))
-        else:
-            weights = torch.exp(-(iou.double() ** 2) / params.sigma).to(iou.dtype)
-        current = torch.where(decays, current * weights, current)
+        current = torch.where(decays, current * left, current)
         alive &= current >= scores.new_tensor(params.min_score)
     if not keep:
         return index[:0], scores[:0].clone()

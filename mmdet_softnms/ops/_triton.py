@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops._soft_nms import Parameters, _check_parameters, _check_tensors, raise_bad_values, working_type
+from mmdet_softnms.ops import weights
+from mmdet_softnms.ops._arguments import Parameters, check_parameters, check_tensors, raise_bad_values, working_type
 
 CHUNK = 512
 """Candidates a program holds in registers: 4 warps of 32 threads, 4 candidates each. Reasoned, not measured."""
@@ -123,7 +124,7 @@ def soft_nms_triton(
     Raises:
         TypeError, ValueError: wrong types, shapes, devices or parameters, as in ``soft_nms``. Bad values do not raise.
     """
-    _check_tensors(boxes, scores, labels)
+    check_tensors(boxes, scores, labels)
     if images is not None:
         if images.shape != scores.shape or images.device != scores.device:
             raise ValueError(
@@ -135,7 +136,7 @@ def soft_nms_triton(
         if num_images < 0:
             raise ValueError(f'num_images must be >= 0, got {num_images}')
     dtype = working_type(boxes, scores)
-    params = _check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
+    params = check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
     score_dtype = scores.dtype
     with torch.no_grad():
         keep, kept_scores, count = run(
@@ -317,7 +318,7 @@ def _select(
             params.sigma,
             params.min_score,
             params.offset,
-            METHOD=params.method,
+            **kernels.rule(weights.get(params.method)),
             CHUNK=chunk,
             TABLE=table,
             num_warps=_WARPS,

@@ -11,7 +11,7 @@ decays the newcomer missed are applied then, in selection order, with the same r
 once. So a segment of any length is handled, and of a long one only those chunks are ever read that could matter.
 
 Arithmetic is the reference's, operation by operation. The launches turn multiply-add fusion off, ``_divide`` is the
-correctly rounded division (plain ``/`` on float32 is not, in Triton), and the gaussian weight is taken in float64.
+correctly rounded division (plain ``/`` on float32 is not, in Triton), and weights are computed in float64.
 
 Names: ``live`` (N,): current scores, >= 0; -1 where the candidate is out (below ``min_score``, removed, selected, or
 past the segment's end). ``index``: input index. ``head``, ``winner``: best live score of the loaded chunk and its
@@ -21,10 +21,51 @@ selections so far in the segment. ``seen``: how many of them a waiting chunk's s
 
 # mypy: disable-error-code="no-untyped-def, misc"
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from mmdet_softnms.ops import weights
+
 _LAST = tl.constexpr(0x7FFFFFFF)  # no input index: behind all others in a tie
+
+
+@triton.jit
+def _where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def _cos(x):
+    return tl.cos(x)
+
+
+@triton.jit
+def _sqrt(x):
+    return tl.sqrt_rn(x)
+
+
+@functools.cache
+def rule(weight: weights.Weight) -> dict[str, Any]:
+    """The constants of :func:`select` for a rule: its weight as a function of Triton, and which parameters it takes."""
+    unknown = set(weight.parameters) - {'iou_threshold', 'sigma'}
+    assert not unknown, f'_decay passes no {unknown}'
+    words = dict(where=_where, exp=_exp, cos=_cos, sqrt=_sqrt)
+    function: Any = weights.rewritten(weight.function, words, tl.constexpr)
+    function.__globals__['tl'] = tl  # the interpreter looks for it
+    return dict(
+        WEIGHT=triton.jit(function),
+        THRESHOLD='iou_threshold' in weight.parameters,
+        SIGMA='sigma' in weight.parameters,
+        REMOVES=weight.removes,
+    )
 
 
 @triton.jit(do_not_specialize=['num_boxes', 'num_images'])  # no variants for 1 and multiples of 16
@@ -90,7 +131,10 @@ def select(
     sigma: tl.float64,
     min_score: tl.float64,
     offset: tl.float64,
-    METHOD: tl.constexpr,  # noqa: N803
+    WEIGHT: tl.constexpr,  # noqa: N803
+    THRESHOLD: tl.constexpr,  # noqa: N803
+    SIGMA: tl.constexpr,  # noqa: N803
+    REMOVES: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     TABLE: tl.constexpr,  # noqa: N803
 ):
@@ -107,12 +151,13 @@ def select(
         picked: (N,) int32, scratch: the selections of a segment, in order, from its start on.
         final: (N,), filled with -1 by the caller.
         max_num: at most this many selections in a segment.
+        WEIGHT, THRESHOLD, SIGMA, REMOVES: of a rule, by :func:`rule`.
         TABLE: a power of 2, at least the number of chunks in the longest segment that may come.
     """
     lane = tl.arange(0, CHUNK)
     slot = tl.arange(0, TABLE)
     real = live.dtype.element_ty
-    threshold = tl.full((), iou_threshold, real)
+    threshold = tl.full((), iou_threshold, tl.float64)
     lowest = tl.full((), min_score, real)
     extra = tl.full((), offset, real)
     width64 = tl.full((), sigma, tl.float64)
@@ -153,7 +198,9 @@ def select(
                 missed = tl.max(tl.where(here, seen, 0), axis=0)
                 while missed < k:
                     by = tl.load(picked + start + missed)
-                    s = _decay(s, x1, y1, x2, y2, area, boxes, by, threshold, width64, lowest, extra, METHOD)
+                    s = _decay(
+                        s, x1, y1, x2, y2, area, boxes, by, threshold, width64, lowest, extra, WEIGHT, THRESHOLD, SIGMA, REMOVES
+                    )  # fmt: skip
                     missed += 1
                 bound = tl.where(here, -1.0, bound)
                 rival, rival_index, rival_chunk = _top(bound, bound_index, slot)
@@ -162,7 +209,9 @@ def select(
                 tl.store(picked + start + k, winner)
                 k += 1
                 s = tl.where(index == winner, -1.0, s)
-                s = _decay(s, x1, y1, x2, y2, area, boxes, winner, threshold, width64, lowest, extra, METHOD)
+                s = _decay(
+                    s, x1, y1, x2, y2, area, boxes, winner, threshold, width64, lowest, extra, WEIGHT, THRESHOLD, SIGMA, REMOVES
+                )  # fmt: skip
             head, winner = _front(s, index)
 
 
@@ -227,7 +276,10 @@ def _decay(
     sigma,
     lowest,
     extra,
-    METHOD: tl.constexpr,  # noqa: N803
+    WEIGHT: tl.constexpr,  # noqa: N803
+    THRESHOLD: tl.constexpr,  # noqa: N803
+    SIGMA: tl.constexpr,  # noqa: N803
+    REMOVES: tl.constexpr,  # noqa: N803
 ):
     """The scores after the box with input index ``by`` was selected; -1 where that leaves too little."""
     corner = boxes + by.to(tl.int64) * 4
@@ -241,16 +293,20 @@ def _decay(
     union = area + _area(u1, v1, u2, v2, extra) - intersection
     overlaps = (width > 0) & (height > 0) & (union > 0)
     iou = tl.where(overlaps, _divide(intersection, tl.where(overlaps, union, 1.0)), 0.0)
-    if METHOD == 'hard':
-        stays = iou <= threshold
-        after = s
+    exact = iou.to(tl.float64)
+    if THRESHOLD and SIGMA:
+        weight = WEIGHT(exact, iou_threshold=threshold, sigma=sigma)
+    elif THRESHOLD:
+        weight = WEIGHT(exact, iou_threshold=threshold)
+    elif SIGMA:
+        weight = WEIGHT(exact, sigma=sigma)
     else:
-        if METHOD == 'linear':
-            weight = tl.where(iou > threshold, 1.0 - iou, 1.0)
-        else:
-            exact = iou.to(tl.float64)
-            weight = tl.exp(-(exact * exact) / sigma).to(s.dtype)
-        after = s * weight
+        weight = WEIGHT(exact)
+    if REMOVES:
+        after = s
+        stays = weight > 0
+    else:
+        after = s * weight.to(s.dtype)
         stays = after >= lowest
     # What is out stays out: -1 times a weight of 0 would be back where min_score is 0.
     return tl.where((s >= 0) & stays, after, -1.0)

@@ -19,7 +19,7 @@ import torch
 import mmdet_softnms
 from mmdet_softnms import soft_nms
 from mmdet_softnms.ops import _cpu, _reference
-from mmdet_softnms.ops._soft_nms import Parameters
+from mmdet_softnms.ops._arguments import Parameters
 
 WARNING = 'compiles its kernels anew'
 

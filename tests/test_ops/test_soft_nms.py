@@ -8,6 +8,7 @@ foreign witness where its definitions agree with ours.
 The last section breaks the operator on purpose: every comparison above is only worth something if it notices.
 """
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _reference, _soft_nms
+from mmdet_softnms.ops import _arguments, _reference, weights
 
 DEFAULTS: dict[str, Any] = {
     'method': 'gaussian',
@@ -55,7 +56,7 @@ def working_dtype(boxes: Tensor, scores: Tensor) -> torch.dtype:
 def reference(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **parameters: Any) -> Result:
     """The PyTorch oracle, with the parameters as soft_nms validates and rounds them."""
     dtype = working_dtype(boxes, scores)
-    params = _soft_nms._check_parameters(**{**DEFAULTS, **parameters}, dtype=dtype)
+    params = _arguments.check_parameters(**{**DEFAULTS, **parameters}, dtype=dtype)
     labels = None if labels is None else labels.to(torch.int64)
     keep, kept_scores = _reference.select(boxes.to(dtype), scores.to(dtype), labels, params)
     return keep, kept_scores.to(scores.dtype)
@@ -614,15 +615,9 @@ def shifts_classes_apart(boxes: Tensor, scores: Tensor, labels: Tensor | None = 
 def rounds_the_weight_early(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **p: Any) -> Result:
     """exp in float32, as an eager kernel would do it."""
 
-    class SinglePrecisionTorch:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        def exp(self, exponent: Tensor) -> Tensor:
-            return torch.exp(exponent.float())
-
+    rule = dataclasses.replace(weights.get('gaussian'), function=lambda iou, sigma: torch.exp(-(iou**2 / sigma).float()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_reference, 'torch', SinglePrecisionTorch())
+        patch.setitem(weights.WEIGHTS, 'gaussian', rule)
         return reference(boxes, scores, labels, **p)
 
 

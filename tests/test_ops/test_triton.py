@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _cpu, _reference, _soft_nms, _triton, batched_soft_nms
+from mmdet_softnms.ops import _arguments, _cpu, _dispatch, _reference, _triton, batched_soft_nms
 from tests.test_ops import triton_worker
 from tests.test_ops.test_soft_nms import (
     DEFAULTS,
@@ -105,7 +105,7 @@ def run(
 ) -> Padded:
     """``_triton.run`` with the conversions of ``soft_nms_triton``, and chunks of any size."""
     dtype = working_dtype(boxes, scores)
-    params = _soft_nms._check_parameters(**{**DEFAULTS, **parameters}, dtype=dtype)
+    params = _arguments.check_parameters(**{**DEFAULTS, **parameters}, dtype=dtype)
     labels = None if labels is None else labels.to(torch.int64)
     keep, kept_scores, count = runner.call(
         'run', boxes.to(dtype), scores.to(dtype), labels, images, num_images, params, chunk
@@ -300,7 +300,7 @@ def test_unsafe_is_what_the_reference_calls_unsafe(runner: Runner) -> None:
 
 
 def test_select_raises_as_the_other_paths(runner: Runner) -> None:
-    params = _soft_nms._check_parameters(**DEFAULTS, dtype=torch.float32)
+    params = _arguments.check_parameters(**DEFAULTS, dtype=torch.float32)
     boxes, scores = torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([float('nan')])
     with pytest.raises(ValueError, match=r'scores must be finite, but scores\[0\] is nan'):
         runner.call('select', boxes, scores, None, params)
@@ -330,7 +330,7 @@ def test_wrong_arguments_are_refused(images: Tensor, num_images: int, error: typ
 def test_no_operator_that_waits_for_the_device(interpreter: ProcessPoolExecutor, batch: bool) -> None:
     (boxes, scores, labels) = examples(1, seed=25, num=20)[0]
     images = torch.arange(20) % 2 if batch else None
-    params = _soft_nms._check_parameters(**DEFAULTS, dtype=torch.float32)
+    params = _arguments.check_parameters(**DEFAULTS, dtype=torch.float32)
     arguments = (boxes, scores, labels, images, 2, params, 8)
     worker = 'tests.test_ops.triton_worker'
     assert triton_worker.call(interpreter, worker, 'count_syncs', *arguments)[1] == []
@@ -477,12 +477,12 @@ def test_triton_that_does_not_work_is_worth_one_warning(pretend_gpu: pytest.Monk
 
 
 def test_every_device_gets_its_path(pretend_gpu: pytest.MonkeyPatch) -> None:
-    assert _soft_nms._path(torch.device('cpu')) is _cpu
-    assert _soft_nms._path(CUDA) is _triton
-    assert _soft_nms._path(torch.device('xpu')) is _reference
+    assert _dispatch.path(torch.device('cpu')) is _cpu
+    assert _dispatch.path(CUDA) is _triton
+    assert _dispatch.path(torch.device('xpu')) is _reference
     pretend_gpu.setattr(_triton, '_version', lambda: ())
     _triton._works.cache_clear()
-    assert _soft_nms._path(CUDA) is _reference
+    assert _dispatch.path(CUDA) is _reference
 
 
 def test_batches_and_the_operator_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ def test_batches_and_the_operator_go_the_same_way(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.gpu
 def test_cuda_operator_and_batches() -> None:
-    from mmdet_softnms.ops._operator import padded_soft_nms
+    from mmdet_softnms import padded_soft_nms
 
     images = [[tensor.cuda() for tensor in image] for image in examples(4, seed=31, num=500, classes=20)]
     boxes, scores, labels = zip(*images, strict=True)
@@ -549,15 +549,15 @@ PROGRAM = """
 import sys
 sys.modules['triton'] = None  # as if it were not installed: importing it fails
 import torch
-from mmdet_softnms.ops import _reference, _soft_nms, soft_nms
+from mmdet_softnms.ops import _dispatch, _reference, soft_nms
 
 boxes, scores = torch.tensor([[0., 0, 4, 4], [1, 0, 5, 4], [9, 9, 12, 12]]), torch.tensor([.9, .8, .7])
 expected = soft_nms(boxes, scores)
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda device: (9, 0)
-path = _soft_nms._path(torch.device('cuda', 0))
+path = _dispatch.path(torch.device('cuda', 0))
 assert path is _reference, path
-_soft_nms._path = lambda device: path
+_dispatch.path = lambda device: path
 actual = soft_nms(boxes, scores)
 assert all(torch.equal(one, other) for one, other in zip(actual, expected)), (actual, expected)
 """

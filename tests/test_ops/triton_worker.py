@@ -79,12 +79,12 @@ def compile_for(capability: int, floating: str, method: str, table: int, fusion:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmdet_softnms.ops import _triton, _triton_kernels
+    from mmdet_softnms.ops import _triton, _triton_kernels, weights
 
     types = dict.fromkeys(('boxes', 'live', 'final'), f'*{floating}')
     types |= dict.fromkeys(('order', 'starts', 'segments'), '*i64') | dict.fromkeys(('bad', 'picked'), '*i32')
     types |= dict.fromkeys(('iou_threshold', 'sigma', 'min_score', 'offset'), 'fp64') | {'max_num': 'i32'}
-    constants = {'METHOD': method, 'CHUNK': _triton.CHUNK, 'TABLE': table}
+    constants = {**_triton_kernels.rule(weights.get(method)), 'CHUNK': _triton.CHUNK, 'TABLE': table}
     kernel = _triton_kernels.select
     signature = {name: types.get(name, 'constexpr') for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
