@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import soft_nms
+from mmdet_softnms.ops import soft_nms, weights
 from mmdet_softnms.ops._soft_nms import Method
 from mmdet_softnms.registry import TASK_UTILS
 
@@ -43,8 +43,8 @@ class SoftNMS:
         self._arguments = dict(
             method=method, iou_threshold=iou_threshold, sigma=sigma, min_score=min_score, offset=offset
         )
-        unused = {'linear': 'sigma', 'gaussian': 'iou_threshold', 'hard': 'sigma'}.get(method)
-        self.params = {name: value for name, value in self._arguments.items() if name != unused}
+        unused = weights.PARAMETERS.keys() - set(weights.get(method).parameters)
+        self.params = {name: value for name, value in self._arguments.items() if name not in unused}
         self(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64), 0)  # checks the arguments
 
     def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, max_num: int) -> tuple[Tensor, Tensor]:
