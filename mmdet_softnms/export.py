@@ -19,7 +19,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mmdet_softnms import __version__
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
+from mmdet_softnms.ops import weights
+from mmdet_softnms.rules import HardNMS, Rule, SoftNMS
 
 OPSET = 17
 _GONE = -1.0  # the score of a candidate that is selected, removed, or dropped
@@ -44,10 +45,51 @@ class _Graph:
         self.nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
         return names[0] if outputs == 1 else names
 
+    def value(self, name: str) -> '_Value':
+        """What a weight of :mod:`mmdet_softnms.ops.weights` computes with."""
+        return _Value(self, name)
+
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
         """A constant of a type."""
         name: str = self('Constant', value=numpy_helper.from_array(np.array(value, dtype)))
         return name
+
+
+class _Value:
+    """A tensor of a graph, with the arithmetic of weights: each operation adds a node."""
+
+    def __init__(self, graph: _Graph, name: str) -> None:
+        self.graph, self.name = graph, name
+
+    def _do(self, kind: str, *inputs: Any) -> '_Value':
+        names = [one.name if isinstance(one, _Value) else self.graph.constant(float(one)) for one in inputs]
+        return _Value(self.graph, self.graph(kind, *names))
+
+    def __neg__(self) -> '_Value':
+        return self._do('Neg', self)
+
+    def __and__(self, other: '_Value') -> '_Value':
+        return self._do('And', self, other)
+
+    def __or__(self, other: '_Value') -> '_Value':
+        return self._do('Or', self, other)
+
+
+def _operation(kind: str, reverse: bool) -> Any:
+    return lambda self, other: self._do(kind, *((other, self) if reverse else (self, other)))
+
+
+for _name, _kind in dict(add='Add', sub='Sub', mul='Mul', truediv='Div', pow='Pow').items():
+    setattr(_Value, f'__{_name}__', _operation(_kind, False))
+    setattr(_Value, f'__r{_name}__', _operation(_kind, True))
+for _name, _kind in dict(gt='Greater', lt='Less', ge='GreaterOrEqual', le='LessOrEqual').items():
+    setattr(_Value, f'__{_name}__', _operation(_kind, False))
+_WORDS = dict(
+    where=lambda condition, a, b: condition._do('Where', condition, a, b),
+    exp=lambda x: x._do('Exp', x),
+    cos=lambda x: x._do('Cos', x),
+    sqrt=lambda x: x._do('Sqrt', x),
+)
 
 
 def rule_to_onnx(rule: Rule, max_num: int = -1, *, opset: int = OPSET) -> onnx.ModelProto:
@@ -97,7 +139,7 @@ def post_process_to_onnx(
         rule: :class:`mmdet_softnms.rules.SoftNMS` or ``HardNMS``.
         num_classes: K, without background.
         score_thr: candidates with ``score > score_thr`` take part.
-        max_per_img: at most so many detections; -1: no limit.
+        max_per_img: at most so many detections; 0 and -1: no limit, as in mmdet.
         class_agnostic: one box a RoI instead of one a class.
         num_rois: a fixed R, then every shape in the graph is fixed: all R * K candidates take part in each step
             instead of those above the threshold, and the results are padded to ``max_per_img`` with boxes and scores
@@ -115,6 +157,7 @@ def post_process_to_onnx(
             without a limit.
     """
     _check_numbers(num_classes, score_thr, max_per_img, num_rois)
+    max_per_img = max_per_img or -1
     graph = _Graph('')
     first, last, axis = (graph.constant([value], np.int64) for value in (0, num_classes, 1))
     foreground = graph('Slice', 'scores', first, last, axis)
@@ -170,7 +213,7 @@ def _check_numbers(num_classes: int, score_thr: float, max_per_img: int, num_roi
     if not math.isfinite(score_thr):
         raise ExportError(f'score_thr must be finite, got {score_thr}')
     if max_per_img < -1:
-        raise ExportError(f'max_per_img must be at least 0, or -1 for no limit, got {max_per_img}')
+        raise ExportError(f'max_per_img must be at least 1, or 0 or -1 for no limit, got {max_per_img}')
     if num_rois is None:
         return
     if num_rois < 1:
@@ -189,13 +232,15 @@ def tensorflow_arguments(rule: Rule) -> dict[str, float]:
         ExportError: TensorFlow has no such rule (linear, an offset).
     """
     method, arguments = _arguments(rule)
+    if arguments.get('class_agnostic'):
+        raise ExportError('class_agnostic is not an argument of TensorFlow; export the rule as ONNX')
     if arguments['offset']:
         raise ExportError(f'TensorFlow knows no offset, got {arguments["offset"]:g}; use 0')
     if method == 'hard':
         return dict(iou_threshold=arguments['iou_threshold'], score_threshold=0.0, soft_nms_sigma=0.0)
     if method == 'gaussian':
         return dict(iou_threshold=1.0, score_threshold=arguments['min_score'], soft_nms_sigma=arguments['sigma'] / 2)
-    raise ExportError('TensorFlow has the gaussian rule and hard NMS only, not the linear one; export it as ONNX')
+    raise ExportError(f'TensorFlow has the gaussian rule and hard NMS only, not {method}; export it as ONNX')
 
 
 def openvino_arguments(rule: Rule) -> dict[str, Any]:
@@ -216,7 +261,8 @@ def openvino_arguments(rule: Rule) -> dict[str, Any]:
 
 
 def _arguments(rule: Rule) -> tuple[str, dict[str, Any]]:
-    if isinstance(rule, MmcvNMS) or not isinstance(rule, SoftNMS):
+    # A subclass with a call of its own selects in its own way.
+    if not isinstance(rule, SoftNMS) or type(rule).__call__ is not SoftNMS.__call__:
         raise ExportError(
             f'{type(rule).__name__} cannot be exported; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in '
             'test_cfg.rcnn.nms'
@@ -229,6 +275,8 @@ def _arguments(rule: Rule) -> tuple[str, dict[str, Any]]:
 def _selection(graph: _Graph, rule: Rule, max_num: int, boxes: str, scores: str, labels: str) -> tuple[str, str]:
     """Add the nodes that select; names of ``keep`` (M,) and of the decayed scores (M,)."""
     method, arguments = _arguments(rule)
+    if arguments.get('class_agnostic'):
+        labels = graph('Mul', labels, graph.constant(0, np.int64))
     # One candidate more that is never selected: no reduction ever meets an empty tensor.
     boxes = graph('Concat', boxes, graph.constant(np.zeros((1, 4))), axis=0)
     scores = graph('Concat', scores, graph.constant([_GONE]), axis=0)
@@ -290,15 +338,13 @@ def _body(method: str, arguments: dict[str, Any], boxes: str, labels: str, areas
     )
     iou = graph('Where', overlaps, graph('Div', inside, graph('Where', overlaps, union, one)), zero)
     decays = graph('Equal', labels, graph('Gather', labels, best))
-    if method == 'gaussian':
-        weights = graph('Exp', graph('Div', graph('Neg', graph('Mul', iou, iou)), graph.constant(arguments['sigma'])))
-        decayed = graph('Mul', 'current', graph('Where', decays, weights, one))
+    rule = weights.get(method)
+    values = [float(np.float32(arguments[name])) for name in rule.parameters]
+    weight = weights.rewritten(rule.function, _WORDS)(graph.value(iou), *values).name
+    if rule.removes:
+        decayed = graph('Where', graph('And', decays, graph('Equal', weight, zero)), gone, 'current')
     else:
-        over = graph('And', decays, graph('Greater', iou, graph.constant(arguments['iou_threshold'])))
-        if method == 'linear':
-            decayed = graph('Mul', 'current', graph('Where', over, graph('Sub', one, iou), one))
-        else:
-            decayed = graph('Where', over, gone, 'current')
+        decayed = graph('Mul', 'current', graph('Where', decays, weight, one))
     dropped = graph('Less', decayed, graph.constant(max(arguments['min_score'], 0.0)))
     # Gone before is looked up before the decay: a weight of 0 would make -0.0 of its score, which is not below 0.
     before = graph('Less', 'current', zero)

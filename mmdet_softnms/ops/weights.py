@@ -141,7 +141,9 @@ def _check_range(weight: Weight) -> None:
     function = rewritten(weight.function, dict(where=np.where, exp=np.exp, cos=np.cos, sqrt=np.sqrt))
     iou = np.linspace(0, 1, 201)
     for threshold in (0.0, 0.3, 0.5, 1.0):
-        values = {name: threshold if name == 'iou_threshold' else PARAMETERS[name].default for name in weight.parameters}
+        values = {
+            name: threshold if name == 'iou_threshold' else PARAMETERS[name].default for name in weight.parameters
+        }
         with np.errstate(all='ignore'):  # of branches that where does not choose
             weights = np.broadcast_to(np.asarray(function(iou, **values), np.float64), iou.shape)
         untouched = iou <= values.get('iou_threshold', 0)

@@ -1,0 +1,197 @@
+"""A rule is one function: a rule added here is right in every backend, and what cannot be a rule is refused."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import mmdet_softnms
+from mmdet_softnms import batched_soft_nms, padded_soft_nms, reference, soft_nms
+from mmdet_softnms.export import rule_to_onnx
+from mmdet_softnms.ops import weights
+from mmdet_softnms.ops.weights import cos, exp, where
+from mmdet_softnms.rules import SoftNMS, describe
+from tests.test_ops import triton_worker
+
+PI = 3.141592653589793
+
+
+def cosine(iou: Any, iou_threshold: Any) -> Any:
+    """Smoothly from 1 to 0."""
+    return where(iou > iou_threshold, (1 + cos(PI * iou)) / 2, 1)
+
+
+def add_cosine() -> None:
+    if 'cosine' not in weights.WEIGHTS:
+        weights.register(cosine)
+
+
+@pytest.fixture(autouse=True)
+def _with_cosine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
+    add_cosine()
+    yield
+
+
+def scene(num: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num)
+    corners = torch.rand(num, 2, generator=generator, dtype=torch.float64) * 60
+    sides = torch.rand(num, 2, generator=generator, dtype=torch.float64) * 40 + 10
+    scores = torch.rand(num, generator=generator, dtype=torch.float64) * 0.9 + 0.1
+    labels = torch.randint(2, (num,), generator=generator)
+    return torch.cat([corners, corners + sides], 1).to(dtype), scores.to(dtype), labels
+
+
+def by_hand(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The definition in plain Python, with the cosine written once more, by numpy."""
+    boxes_, current, label = boxes.double().numpy(), scores.double().numpy().copy(), labels.numpy()
+    left, keep, kept = set(range(len(current))), [], []
+    while left:
+        best = max(left, key=lambda index: (current[index], -index))
+        left.remove(best)
+        if current[best] < 1e-3:
+            break
+        keep.append(best)
+        kept.append(float(current[best]))
+        for other in left:
+            low, high = np.maximum(boxes_[best, :2], boxes_[other, :2]), np.minimum(boxes_[best, 2:], boxes_[other, 2:])
+            inside = np.prod(np.clip(high - low, 0, None))
+            areas = [np.prod(boxes_[index, 2:] - boxes_[index, :2]) for index in (best, other)]
+            iou = inside / (sum(areas) - inside)
+            if label[best] == label[other] and iou > 0.3:
+                current[other] *= (1 + np.cos(np.pi * iou)) / 2
+    return keep, kept
+
+
+def test_a_new_rule_is_right_in_numba_the_reference_and_the_operator() -> None:
+    for num in (1, 7, 60, 400):
+        inputs = scene(num)
+        keep, kept = reference(*inputs, method='cosine')
+        expected_keep, expected = by_hand(*inputs)
+        assert keep.tolist() == expected_keep
+        np.testing.assert_allclose(kept, expected, rtol=1e-5, atol=1e-7)
+        fast = [soft_nms(*inputs, method='cosine'), batched_soft_nms(*([x] for x in inputs), method='cosine')[0]]
+        padded = padded_soft_nms(*inputs, method='cosine')
+        for result in (*fast, [one[: int(padded[2])] for one in padded[:2]]):
+            assert torch.equal(result[0], keep) and torch.equal(result[1], kept)
+
+
+def test_a_new_rule_has_gradients() -> None:
+    boxes, scores, labels = scene(20, torch.float64)
+
+    def kept(boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return soft_nms(boxes, scores, labels, method='cosine')[1]
+
+    assert torch.autograd.gradcheck(kept, (boxes.requires_grad_(), scores.requires_grad_()))
+
+
+def test_a_new_rule_is_exported() -> None:
+    rule = SoftNMS('cosine')
+    session = onnxruntime.InferenceSession(rule_to_onnx(rule).SerializeToString(), providers=['CPUExecutionProvider'])
+    boxes, scores, labels = scene(60)
+    found = session.run(None, dict(boxes=boxes.numpy(), scores=scores.numpy(), labels=labels.numpy()))
+    keep, kept = rule(boxes, scores, labels, -1)
+    assert found[0].tolist() == keep.tolist()
+    np.testing.assert_allclose(found[1], kept.numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_new_rule_is_right_in_triton(tmp_path: Path) -> None:
+    """Under the interpreter, and down to machine code."""
+    inputs = scene(40)
+    with triton_worker.start(interpret=True, cache=tmp_path) as worker:
+        triton_worker.call(worker, __name__, 'add_cosine')
+        keep, kept, count = triton_worker.call(
+            worker, 'mmdet_softnms.ops._triton', 'soft_nms_triton', *inputs, method='cosine'
+        )
+    expected = reference(*inputs, method='cosine')
+    assert torch.equal(keep[:count], expected[0]) and torch.equal(kept[:count], expected[1])
+    with triton_worker.start(interpret=False, cache=tmp_path) as worker:
+        triton_worker.call(worker, __name__, 'add_cosine')
+        ptx = triton_worker.call(worker, 'tests.test_ops.triton_worker', 'compile_for', 80, 'fp32', 'cosine', 1, False)
+    assert 'cosine' in ptx or 'f64' in ptx
+
+
+def test_a_new_rule_is_described_by_its_parameters() -> None:
+    assert SoftNMS('cosine').params == dict(method='cosine', iou_threshold=0.3, min_score=1e-3, offset=0)
+    assert describe(SoftNMS('cosine')) == 'SoftNMS cosine iou_threshold=0.3 min_score=0.001'
+
+
+def test_the_parameters_of_the_public_functions_are_those_of_the_table() -> None:
+    for function in (soft_nms, reference, padded_soft_nms._init_fn):
+        for name, parameter in weights.PARAMETERS.items():
+            assert inspect.signature(function).parameters[name].default == parameter.default
+
+
+def takes_more(iou: Any, power: Any) -> Any:
+    return iou**power
+
+
+def uses_torch(iou: Any) -> Any:
+    return torch.exp(-iou)
+
+
+def decays_the_rest(iou: Any, sigma: Any) -> Any:
+    return exp(-1 - iou * sigma)
+
+
+def rises(iou: Any, sigma: Any) -> Any:
+    return exp(iou / sigma)
+
+
+def removes_half(iou: Any) -> Any:
+    return 1 - iou
+
+
+@pytest.mark.parametrize(
+    ('function', 'removes', 'words'),
+    [
+        (takes_more, False, 'takes_more takes iou, power; a weight takes iou, then any of iou_threshold, sigma'),
+        (uses_torch, False, 'uses_torch uses torch; a weight may use'),
+        (decays_the_rest, False, 'gives 0.36.* at an IoU of 0 '),
+        (rises, False, 'gives 1.01.* at an IoU of 0.005'),
+        (removes_half, True, 'gives 0.995 at an IoU of 0.005'),
+        (weights.linear, False, "there is a rule named 'linear' already"),
+    ],
+)
+def test_what_cannot_be_a_rule_is_refused(function: Any, removes: bool, words: str) -> None:
+    before = dict(weights.WEIGHTS)
+    with pytest.raises(ValueError, match=words):
+        weights.register(function, removes=removes)
+    assert before == weights.WEIGHTS
+
+
+PROGRAM = """
+import torch
+from mmdet_softnms import soft_nms
+print(soft_nms(torch.tensor([[0., 0, 4, 4], [0, 0, 4, 2]]), torch.tensor([1.0, 1.0]), method='linear')[1].tolist())
+"""
+
+
+def test_an_edited_weight_is_compiled_anew(tmp_path: Path) -> None:
+    """numba's disk cache looks at the file of the kernel alone, whose contents and time do not change here."""
+    package = tmp_path / 'mmdet_softnms'
+    shutil.copytree(Path(mmdet_softnms.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))
+
+    def run() -> str:
+        environment = {**os.environ, 'PYTHONPATH': str(tmp_path), 'NUMBA_CACHE_DIR': str(tmp_path / 'cache')}
+        done = subprocess.run(
+            [sys.executable, '-c', PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert run() == '[1.0, 0.5]'
+    file = package / 'ops/weights.py'
+    text = file.read_text()
+    edited = text.replace('where(iou > iou_threshold, 1 - iou, 1)', 'where(iou > iou_threshold, (1 - iou) / 2, 1)')
+    assert edited != text
+    file.write_text(edited)
+    assert run() == '[1.0, 0.25]'
