@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,9 @@ def add_cosine() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _with_cosine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _with_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
     add_cosine()
-    yield
 
 
 def scene(num: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
