@@ -89,7 +89,8 @@ def stages(score_thr: float, seed: int = 0, device: torch.device | None = None) 
     def with_rule(rule: SoftNMS) -> Callable[[], InstanceData]:
         def stage() -> InstanceData:
             result = raw()
-            return post_process(result.bboxes, result.scores, rule, score_thr, 100)
+            detections = post_process(result.bboxes, result.scores, rule, score_thr, 100)
+            return InstanceData(**detections._asdict())  # as the head returns them
 
         return stage
 

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -163,92 +164,50 @@ def run(args: argparse.Namespace) -> None:
     """Re-evaluate, print the table, write the files."""
     from mmengine.dist import is_main_process
 
-    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint, local_checkpoint
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
     from mmdet_softnms.locate import read_config
     from mmdet_softnms.reevaluation.candidates.forward import start_processes
-    from mmdet_softnms.reevaluation.choice.plan import plan_choice
-    from mmdet_softnms.reevaluation.choice.selection import choose
-    from mmdet_softnms.reevaluation.run import only_run_in, reevaluate
-    from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP
+    from mmdet_softnms.reevaluation.request import Listener, Request
+    from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
     allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
     load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # before anything slow
-    checkpoint = local_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
-    cfg.launcher = args.launcher
     work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
-    sweep = args.sweep or (DEFAULT_SWEEP if args.select else ())
+    asked = {one.name: getattr(args, one.name) for one in fields(Request) if one.init and hasattr(args, one.name)}
+    request = Request(cfg, **asked | dict(work_dir=work_dir))
     start_processes(args.launcher)
-    lock = only_run_in(work_dir) if is_main_process() else None
-
-    with Display(sweep=bool(sweep), quiet=not is_main_process()) as display:
-        plan = None
-        if args.select and is_main_process():  # before anything slow
-            plan = plan_choice(
-                cfg,
-                criterion=args.select,
-                num_folds=args.folds,
-                resamples=args.resamples,
-                tune_on=args.tune_on,
-                check_images=not args.store,
-                say=display.say,
-            )
-        result = reevaluate(
-            cfg,
-            checkpoint,
-            work_dir=work_dir,
-            score_thr=args.score_thr,
-            max_per_img=args.max_per_img,
-            min_score=args.min_score,
-            class_agnostic=args.class_agnostic,
-            sweep=sweep,
-            store=args.store,
-            processes=args.processes,
-            trust_checkpoint=args.trust_checkpoint,
-            progress=display.progress,
-            on_row=display.on_row,
-            say=display.say,
+    with Display(sweep=bool(request.sweep), quiet=not is_main_process()) as display:
+        reevaluate(
+            request,
+            Listener(display.progress, display.on_row, display.say),
+            lambda result, selection: write(args, request, result, selection, display),
         )
-        if result is None:  # not the main process
-            return
-        selection = None
-        if plan is not None:
-            selection = choose(
-                result,
-                plan,
-                checkpoint,
-                work_dir,
-                processes=args.processes,
-                trust_checkpoint=args.trust_checkpoint,
-                progress=display.progress,
-                say=display.say,
-            )
-    write(args, cfg, checkpoint, result, selection, work_dir)
-    if lock is not None:
-        lock.release()
 
 
-def write(args: argparse.Namespace, cfg: Any, checkpoint: Path, result: Any, selection: Any, work_dir: Path) -> None:
+def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, display: Display) -> None:
     """Everything a reader gets: the table on the screen, the JSON, the report."""
     from rich.console import Console
 
     from mmdet_softnms import __version__
-    from mmdet_softnms.files import sha256, write_json
+    from mmdet_softnms.files import write_json
     from mmdet_softnms.reevaluation.report.page import write_report
     from mmdet_softnms.reevaluation.report.table import selection_text, to_table
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
 
+    display.live.stop()  # the table is printed below the bars
+    work_dir = request.work_dir
     content = {
         'config': args.config,
         'checkpoint': args.checkpoint,
-        'checkpoint_sha256': sha256(checkpoint),
         'version': __version__,
         **result.to_dict(),
     }
     chosen = ''
     if selection is not None:
         content['selection'] = selection.to_dict()
-        chosen = selection_text(selection, result, cfg)
+        chosen = selection_text(selection, result, request.cfg)
     write_json(work_dir / 'reevaluation.json', content)
     out = Console()
     Console(width=max(out.width, 200)).print(to_table(result, selection))

@@ -101,6 +101,7 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path, trust_checkpoint: bool =
     from rich.markup import escape
     from rich.progress import Progress
 
+    from mmdet_softnms.reevaluation.request import Listener, Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
     bar = Progress(console=Console(stderr=True), auto_refresh=False)
@@ -117,7 +118,8 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path, trust_checkpoint: bool =
             drawn = time.monotonic()
 
     with bar:
-        return reevaluate(cfg, checkpoint, work_dir=work_dir, trust_checkpoint=trust_checkpoint, progress=progress)
+        request = Request(cfg, checkpoint, work_dir, trust_checkpoint=trust_checkpoint)
+        return reevaluate(request, Listener(progress))
 
 
 def to_table(model: Any, comparisons: Sequence[Any]) -> Any:

@@ -24,6 +24,7 @@ from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.choice.plan import image_identities
+from mmdet_softnms.reevaluation.request import Listener, Request
 from mmdet_softnms.reevaluation.run import reevaluate
 from tests.tiny_dataset import make_project
 
@@ -232,8 +233,8 @@ def test_images_by_a_storage_backend(project, cfg, tmp_path):
     assert first['images'] == _fingerprint(project, cfg)['images'] and first['unknown'] == []
     assert image_identities(dataset) == image_identities(build_test_set(cfg))
     assert ImageReader(dataset).read(2) == content['000003.jpg']
-    result = reevaluate(stored, project.checkpoint, work_dir=tmp_path / 'work')
-    assert result.rows[0].metrics == reevaluate(cfg, project.checkpoint).rows[0].metrics
+    result = reevaluate(Request(stored, project.checkpoint, work_dir=tmp_path / 'work'))
+    assert result.rows[0].metrics == reevaluate(Request(cfg, project.checkpoint)).rows[0].metrics
     assert result.session.read_image(0) == content['000001.jpg']
     write({'000003.jpg': content['000004.jpg']})
     assert differences(first, _fingerprint(project, stored)) == 'content of the images'
@@ -276,7 +277,7 @@ def test_rows_of_a_rule_that_was_edited(project, cfg, tmp_path, monkeypatch):
     cfg.model.test_cfg.rcnn.nms = dict(_delete_=True, type='mmdet_softnms.FingerprintRule')
 
     def rows():
-        result = reevaluate(cfg, project.checkpoint, work_dir=tmp_path / 'work')
+        result = reevaluate(Request(cfg, project.checkpoint, work_dir=tmp_path / 'work'))
         return result.rows[-1].metrics['AR100'], result.rows[0].seconds
 
     _module(tmp_path, 'fingerprint_rule', RULE.replace('WANTED', '100'), monkeypatch)
@@ -293,7 +294,7 @@ def test_rows_of_a_rule_that_was_edited(project, cfg, tmp_path, monkeypatch):
 
 
 def test_rows_of_objects_that_were_edited(project, cfg, tmp_path):
-    first = reevaluate(cfg, project.checkpoint, work_dir=tmp_path)
+    first = reevaluate(Request(cfg, project.checkpoint, work_dir=tmp_path))
     path = project.root / 'coco.json'
     content = path.read_text()
     try:
@@ -301,7 +302,7 @@ def test_rows_of_objects_that_were_edited(project, cfg, tmp_path):
         for one in changed['annotations']:
             one['bbox'][2] += 9
         path.write_text(json.dumps(changed))
-        second = reevaluate(cfg, project.checkpoint, work_dir=tmp_path)
+        second = reevaluate(Request(cfg, project.checkpoint, work_dir=tmp_path))
     finally:
         path.write_text(content)
     assert second.forward_images == 0 and second.rows[0].metrics['AP'] != first.rows[0].metrics['AP']
@@ -395,10 +396,13 @@ def test_rows_of_a_given_store_are_looked_at(project, cfg, tmp_path):
     ):
         damage()
         with pytest.raises(ReevaluationError, match=words):
-            reevaluate(cfg, project.checkpoint, store=folder)
+            reevaluate(Request(cfg, project.checkpoint, store=folder))
     store.write(1, images)
     said = []
-    assert len(reevaluate(cfg, project.checkpoint, store=folder, say=said.append).rows) == 4 and not said
+    assert (
+        len(reevaluate(Request(cfg, project.checkpoint, store=folder), Listener(say=said.append)).rows) == 4
+        and not said
+    )
 
 
 def test_left_over_files_of_dead_processes_are_cleared(tmp_path):

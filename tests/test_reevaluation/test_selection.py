@@ -9,12 +9,12 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.choice.resampling import CRITERIA, bootstrap_weights, image_ap, pool_folds, weighted_ap
+from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, image_ap, pool_folds, weighted_ap
 from mmdet_softnms.reevaluation.choice.selection import select
 from mmdet_softnms.reevaluation.report.table import selection_text
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects, match
-from mmdet_softnms.reevaluation.scoring.metrics import Evaluator
+from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA, Evaluator
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 from mmdet_softnms.reevaluation.scoring.sweep import detections, evaluate_all
 from mmdet_softnms.roi_heads import SoftNMSRoIHead
@@ -241,7 +241,7 @@ def test_what_is_to_be_pasted_keeps_the_detector(tmp_path, head, plugged):
     selection = select(settings, [match(some, objects), match(good, objects)], objects)
     assert selection.chosen == 1
     rows = evaluate_all(candidates, settings, truth)
-    session = Session(settings, candidates, truth, [''] * 10)
+    session = Session(candidates, truth, [''] * 10)
     result = Reevaluation(
         dataset='', num_images=10, num_candidates=candidates.num_candidates, masks_left_out=False, store='',
         store_bytes=0, forward_images=0, forward_seconds=0.0, notes=[], rows=rows, session=session,

@@ -246,6 +246,7 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
 
     from mmdet_softnms.files import ReevaluationError
     from mmdet_softnms.reevaluation.candidates.forward import collect
+    from mmdet_softnms.reevaluation.request import Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = Config.fromfile(project.coco_config)
@@ -253,7 +254,7 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
 
     def refused(words, **options):
         with pytest.raises(ReevaluationError, match=words):
-            reevaluate(cfg, project.checkpoint, **options)
+            reevaluate(Request(cfg, project.checkpoint, **options))
 
     refused('holds candidates above 0.001 only', store=store.folder, score_thr=1e-5)
     refused('is not a store of candidates', store=tmp_path)
@@ -261,13 +262,13 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
     weights['state_dict']['roi_head.bbox_head.fc_cls.bias'] += 0.1
     torch.save(weights, tmp_path / 'other.pth')
     with pytest.raises(ReevaluationError, match='was made with another checkpoint than what is given'):
-        reevaluate(cfg, tmp_path / 'other.pth', store=store.folder)
+        reevaluate(Request(cfg, tmp_path / 'other.pth', store=store.folder))
     cfg.test_dataloader.dataset.indices = 4
     refused('holds 6 images but the test set 4', store=store.folder)
     del cfg.test_dataloader.dataset['indices']
     # On a machine without the images: everything but the pictures.
     cfg.test_dataloader.dataset.data_prefix.img = 'gone/'
-    assert len(reevaluate(cfg, project.checkpoint, store=store.folder).rows) == 4
+    assert len(reevaluate(Request(cfg, project.checkpoint, store=store.folder)).rows) == 4
     store.path_of(0).unlink()
     refused('1 of 6 shards cannot be used .00000.parquet missing', store=store.folder)
 
@@ -312,44 +313,50 @@ def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_p
     from mmengine.config import Config
 
     from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
     from mmdet_softnms.reevaluation.choice.plan import plan_choice
+    from mmdet_softnms.reevaluation.request import Listener, Request
 
     cfg = Config.fromfile(project.coco_config)
     said = []
-    assert plan_choice(cfg, say=said.append).val_set is None and said == []  # the same images
+
+    def plan(**options):
+        request = Request(cfg, project.checkpoint, select='AP', **options)
+        return plan_choice(request, build_test_set(cfg), Listener(say=said.append))
+
+    assert plan() is None and said == []  # the same images
     other = tmp_path / 'other'
     other.mkdir()
     for path in (project.root / 'VOC2007/JPEGImages').iterdir():
         (other / path.name).write_bytes(path.read_bytes() + b' ')
     cfg.val_dataloader.dataset.data_prefix.img = f'{other}/'
-    plan = plan_choice(cfg, say=said.append)
-    assert len(plan.val_set) == 6 and said == []
-    assert plan.val_cfg.test_dataloader.dataset.data_prefix.img == f'{other}/'
+    split = plan()
+    assert len(split.dataset) == 6 and said == []
+    assert split.cfg.test_dataloader.dataset.data_prefix.img == f'{other}/'
     cfg.val_dataloader.dataset.ann_file = 'nowhere.json'
-    assert plan_choice(cfg, say=said.append).val_set is None
+    assert plan() is None
     assert 'annotations of the val set cannot be read' in said[0]
     with pytest.raises(ReevaluationError, match='val_dataloader.dataset'):
-        plan_choice(cfg, tune_on='val')
+        plan(tune_on='val')
     with pytest.raises(ReevaluationError, match='say'):
-        plan_choice(cfg, resamples=10)
+        plan(resamples=10)
 
 
 def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
     from mmengine.config import Config
 
     from mmdet_softnms.files import ReevaluationError
-    from mmdet_softnms.reevaluation.choice.plan import plan_choice
-    from mmdet_softnms.reevaluation.choice.selection import choose
+    from mmdet_softnms.reevaluation.request import Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = Config.fromfile(project.coco_config)
-    result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path)
+    result = reevaluate(Request(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path))
     assert result.num_candidates > 0  # the config's own row has a lower one
     cfg.model.test_cfg.rcnn.score_thr = 0.999
-    result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b')
+    result = reevaluate(Request(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b'))
     assert result.num_candidates == 0 and 'not one candidate' in result.notes[-1]
     with pytest.raises(ReevaluationError, match='nothing can be chosen: .* holds not one candidate'):
-        choose(result, plan_choice(cfg), project.checkpoint, tmp_path)
+        reevaluate(Request(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b', select='AP'))
 
 
 def test_two_runs_in_one_directory(project, tmp_path):

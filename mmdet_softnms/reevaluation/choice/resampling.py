@@ -10,10 +10,7 @@ import numpy as np
 
 from mmdet_softnms.reevaluation.scoring.compiled import compiled
 from mmdet_softnms.reevaluation.scoring.matching import Matches
-from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, RECALLS
-
-#: What settings can be chosen by, and the IoU thresholds (positions in IOU_THRS) it is the mean over.
-CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
+from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA, IOU_THRS, RECALLS
 
 
 def bootstrap_weights(num_images: int, resamples: int, seed: int) -> np.ndarray:

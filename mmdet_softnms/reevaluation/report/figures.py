@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from mmdet_softnms.reevaluation.report.table import baseline_of, varied_thresholds
+from mmdet_softnms.reevaluation.report.table import baseline_row
 from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, IOU_THRS, RECALLS
+from mmdet_softnms.reevaluation.scoring.settings import varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 _MAX_BARS = 40  # classes in the bar chart; beyond, the largest gains and losses
@@ -46,7 +47,7 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
     points = sorted(points, key=lambda point: point[0])
     values = [value for value, _ in points]
     symbol = {'sigma': 'σ', 'iou_threshold': 'N_t (IoU threshold)'}.get(name, name)
-    baseline = baseline_of(points[0][1], rows)
+    baseline = baseline_row(points[0][1], rows)
     figure = Figure(figsize=(12, 4.2), layout='constrained')
     absolute, gains = figure.subplots(1, 2)
     for axes, reference in ((absolute, None), (gains, baseline)):
@@ -73,7 +74,7 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
 
 def _at(swept: str, row: Row, rows: Sequence[Row]) -> str:
     """The thresholds of a curve, where the table has several and they are not what is swept."""
-    several = [name for name in varied_thresholds(rows) if name != swept]
+    several = [name for name in varied_thresholds(other.setting for other in rows) if name != swept]
     return f'at {", ".join(f"{name} {row.params[name]:g}" for name in several)}' if several else ''
 
 

@@ -18,15 +18,13 @@ from mmdet_softnms.reevaluation.report.figures import (
 from mmdet_softnms.reevaluation.report.pictures import COLOURS, PICTURE_SCORE_THR, Picture, draw_pictures
 from mmdet_softnms.reevaluation.report.table import (
     ALL_COLUMNS,
-    baseline_of,
+    baseline_row,
     best_row,
     cell,
     columns_of,
     full_label,
     interval_cells,
-    is_baseline,
     notes,
-    row_label,
 )
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.sweep import Row
@@ -57,15 +55,13 @@ def write_report(
         OSError: no permission or no space; earlier files are intact.
     """
     rows = result.rows
-    best = best_row(rows) if selection is None or is_baseline(rows[selection.chosen]) else rows[selection.chosen]
+    best = best_row(rows) if selection is None or rows[selection.chosen].setting.is_baseline else rows[selection.chosen]
     columns = columns_of(rows, ALL_COLUMNS)
-    baseline = baseline_of(best, rows) or rows[0]
+    baseline = baseline_row(best, rows) or rows[0]
     pictures: list[Picture] = []
     remark = ''
     if best is not baseline:
-        settings = result.session.settings
-        pair = [settings[rows.index(baseline)], settings[rows.index(best)]]
-        pictures, remark = draw_pictures(result.session, pair[0], pair[1], num_pictures)
+        pictures, remark = draw_pictures(result.session, baseline.setting, best.setting, num_pictures)
     heading, intervals = interval_cells(rows, selection)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('mmdet_softnms.reevaluation.report', '.'),
@@ -107,13 +103,13 @@ def markdown(
     lines.append('| ' + ' | '.join(['rule', 'score_thr', 'max_per_img', *columns, *heading]) + ' |')
     lines.append('|---' * 3 + '|--:' * (len(columns) + len(heading)) + '|')
     for row, more in zip(result.rows, intervals, strict=True):
-        baseline = baseline_of(row, result.rows)
+        baseline = baseline_row(row, result.rows)
         around = [f'{row.params["score_thr"]:g}', str(row.params['max_per_img'])]
         cells = []
         for column in columns:
             value, _, difference = cell(row, baseline, column).partition(' ')
             cells.append(f'{value} ({difference})' if difference else value)
-        lines.append('| ' + ' | '.join([_escaped(row_label(row)), *around, *cells, *more]) + ' |')
+        lines.append('| ' + ' | '.join([_escaped(row.setting.label), *around, *cells, *more]) + ' |')
     lines += ['', *(f'{_escaped(line)}  ' for line in notes(result))]
     if selection_words:
         fence = _fence(selection_words, 3)
@@ -138,7 +134,7 @@ def _fence(text: str, least: int) -> str:
 
 
 def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
-    baseline = baseline_of(row, rows)
+    baseline = baseline_row(row, rows)
     cells = []
     for column in columns:
         value, _, difference = cell(row, baseline, column).partition(' ')
@@ -146,11 +142,11 @@ def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str], more: Seque
         cells.append(dict(value=value, difference=difference, sign=sign))
     cells += [dict(value=text, difference='', sign='') for text in more]
     return dict(
-        label=row_label(row),
+        label=row.setting.label,
         score_thr=f'{row.params["score_thr"]:g}',
         max_per_img=row.params['max_per_img'],
         cells=cells,
         seconds=f'{row.seconds:.2f}',
-        baseline=is_baseline(row),
+        baseline=row.setting.is_baseline,
         config=row.source == 'config',
     )

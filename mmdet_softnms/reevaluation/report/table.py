@@ -11,6 +11,7 @@ from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS
+from mmdet_softnms.reevaluation.scoring.settings import baseline_of, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 #: Columns of the table on the screen; those no row has are left out.
@@ -57,8 +58,8 @@ def notes(result: Reevaluation) -> list[str]:
 
 
 def _about_own_row(rows: Sequence[Row]) -> str:
-    own, first = rows[-1], baseline_of(rows[-1], rows)
-    if first is None or _group(first) == _group(own):
+    own, first = rows[-1], baseline_row(rows[-1], rows)
+    if first is None or first.setting.group == own.setting.group:
         return 'The last row is the setting of the config.'
     return 'The last row is the setting of the config, with thresholds of its own; its difference is to the first row.'
 
@@ -81,9 +82,9 @@ def rows_table(
     for column in ('score_thr', 'max_per_img', *columns, *heading, 'suppression s'):
         table.add_column(escape(column), justify='right', no_wrap=True)
     for number, (row, following) in enumerate(zip(rows, [*rows[1:], None], strict=True)):
-        baseline = baseline_of(row, among or rows)
+        baseline = baseline_row(row, among or rows)
         cells = [
-            row_label(row),
+            row.setting.label,
             f'{row.params["score_thr"]:g}',
             str(row.params['max_per_img']),
             *(cell(row, baseline, column) for column in columns),
@@ -92,7 +93,7 @@ def rows_table(
         ]
         table.add_row(
             *map(Text, cells),
-            end_section=row is baseline or (following is not None and is_baseline(following)),
+            end_section=row is baseline or (following is not None and following.setting.is_baseline),
         )
     return table
 
@@ -102,60 +103,28 @@ def interval_cells(rows: Sequence[Row], selection: Selection | None) -> tuple[li
     if selection is None:
         return [], [[] for _ in rows]
     cells = [
-        '' if is_baseline(row) else f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
+        '' if row.setting.is_baseline else f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
         for row, one in zip(rows, selection.settings, strict=True)
     ]
     return [f'{selection.criterion} gain, 95 %'], [[cell] for cell in cells]
 
 
-def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row that differences refer to: hard NMS of the same thresholds; for a config's row without one, the first."""
-    baselines = [one for one in rows if is_baseline(one)]
-    for one in baselines:
-        if _group(one) == _group(row):
-            return one
-    return baselines[0] if row.source == 'config' and baselines else None
-
-
-def is_baseline(row: Row) -> bool:
-    """Hard NMS at IoU 0.5 of the table."""
-    return (
-        row.rule == 'HardNMS'
-        and row.source == 'table'
-        and row.params['iou_threshold'] == 0.5
-        and not row.params['offset']
-    )
-
-
-def _group(row: Row) -> tuple[float, int, bool]:
-    return row.params['score_thr'], row.params['max_per_img'], row.params.get('class_agnostic', False)
+def baseline_row(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row that differences refer to (:func:`mmdet_softnms.reevaluation.scoring.settings.baseline_of`)."""
+    baseline = baseline_of(row.setting, (other.setting for other in rows))
+    return next((other for other in rows if other.setting is baseline), None)
 
 
 def best_row(rows: Sequence[Row]) -> Row:
     """The row of the table, baselines aside, with the highest AP."""
-    others = [row for row in rows if row.source == 'table' and not is_baseline(row)]
+    others = [row for row in rows if row.source == 'table' and not row.setting.is_baseline]
     return max(others, key=lambda row: row.metrics['AP']) if others else rows[0]
 
 
 def full_label(row: Row, rows: Sequence[Row]) -> str:
-    """:func:`row_label`, with ``score_thr`` and ``max_per_img`` where the table has several of them."""
-    return ' '.join([row_label(row), *(f'{name}={row.params[name]:g}' for name in varied_thresholds(rows))])
-
-
-def varied_thresholds(rows: Sequence[Row]) -> list[str]:
-    """The thresholds around the rules of which the table has several values."""
-    table = [row for row in rows if row.source == 'table']
-    return [name for name in ('score_thr', 'max_per_img') if len({row.params[name] for row in table}) > 1]
-
-
-def row_label(row: Row) -> str:
-    """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, thresholds around it left to their columns."""
-    params = {name: value for name, value in row.params.items() if name not in ('score_thr', 'max_per_img')}
-    if not params.get('offset', 1):
-        del params['offset']
-    words = [str(params.pop('method'))] if 'method' in params else []
-    words += [f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}' for name, value in params.items()]
-    return ' '.join([row.rule, *words]) + (' (config)' if row.source == 'config' else '')
+    """The setting's label, with ``score_thr`` and ``max_per_img`` where the table has several of them."""
+    varied = varied_thresholds(other.setting for other in rows)
+    return ' '.join([row.setting.label, *(f'{name}={row.params[name]:g}' for name in varied)])
 
 
 def cell(row: Row, baseline: Row | None, column: str) -> str:
@@ -196,7 +165,7 @@ def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> s
         lines.append('Tuned suppression is significantly worse here: keep hard NMS.')
     else:
         lines.append('The difference is significant.')
-    setting = result.session.settings[selection.chosen]
+    setting = rows[selection.chosen].setting
     lines += [f'Chosen on all tuning images: {label[selection.chosen]}. To paste into the config:', '']
     return '\n'.join([*lines, setting.snippet(family_of(cfg).written(cfg)), ''])
 

@@ -30,6 +30,8 @@ from mmdet_softnms.reevaluation.scoring.evaluators import (
 COCO_STATS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 #: The metric at each of the ten IoU thresholds of COCO's AP.
 AP_NAMES = tuple(f'AP{round(100 * threshold)}' for threshold in IOU_THRS)
+#: What settings can be chosen by, and the IoU thresholds (positions in IOU_THRS) it is the mean over.
+CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
 #: Recall levels of the precision-recall curves.
 RECALLS = np.linspace(0.0, 1.0, 101)
 

@@ -66,6 +66,16 @@ class Setting:
             return False
         return self.rule.params == HardNMS(class_agnostic=self.class_agnostic).params
 
+    @property
+    def label(self) -> str:
+        """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, without the thresholds around it."""
+        params = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and not value)}
+        words = [str(params.pop('method'))] if 'method' in params else []
+        words += [
+            f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}' for name, value in params.items()
+        ]
+        return ' '.join([self.name, *words]) + (' (config)' if self.source == 'config' else '')
+
     def snippet(self, head: str | Mapping[str, Any]) -> str:
         """The lines to paste into a config that has this setting.
 
@@ -83,6 +93,24 @@ class Setting:
             f'    test_cfg=dict({ROI_HEADS.key}=dict('
             f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
         )
+
+
+def baseline_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None:
+    """The setting that differences refer to: the baseline of its group.
+
+    The config's setting is compared with the first baseline where its group has none; None where there is none at all.
+    """
+    baselines = [other for other in settings if other.is_baseline]
+    for baseline in baselines:
+        if baseline.group == setting.group:
+            return baseline
+    return baselines[0] if setting.source == 'config' and baselines else None
+
+
+def varied_thresholds(settings: Iterable[Setting]) -> list[str]:
+    """The thresholds around the rules of which a table has several values."""
+    table = [setting for setting in settings if setting.source == 'table']
+    return [name for name in ('score_thr', 'max_per_img') if len({getattr(one, name) for one in table}) > 1]
 
 
 def check_thresholds(score_thr: float, max_per_img: int) -> None:

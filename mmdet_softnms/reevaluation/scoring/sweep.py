@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,34 @@ _LARGEST_PARTIAL = 1 << 30  # bytes
 
 @dataclass
 class Row:
-    """One row of a re-evaluation; metrics in [0, 1], unrounded, -1 where undefined."""
+    """What a setting scores; metrics in [0, 1], unrounded, -1 where undefined."""
 
-    rule: str
-    params: dict[str, Any]
+    setting: Setting
     metrics: dict[str, float]
     seconds: float  # spent on suppression, all images together
     metric_seconds: float  # spent on scoring
-    source: str  # 'table' or 'config'
     per_class: dict[str, float]  # AP of every class with an object
     precision: dict[str, list[float]]  # per IoU threshold: mean precision over classes at recall 0, 0.01, ... 1
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule."""
+        return self.setting.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the rule, with the thresholds around it."""
+        return self.setting.params
+
+    @property
+    def source(self) -> str:
+        """``'table'`` or ``'config'``."""
+        return self.setting.source
+
+    def to_dict(self) -> dict[str, Any]:
+        """As files hold it."""
+        measured = {one.name: getattr(self, one.name) for one in fields(self) if one.name != 'setting'}
+        return dict(rule=self.rule, params=self.params, source=self.source, **measured)
 
 
 def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
@@ -66,16 +84,8 @@ def evaluate(candidates: Sequence[ImageCandidates], setting: Setting, evaluator:
     results = detections(candidates, setting)
     suppressed = time.perf_counter()
     scores = evaluator(results)
-    return Row(
-        setting.name,
-        setting.params,
-        scores.metrics,
-        suppressed - start,
-        time.perf_counter() - suppressed,
-        setting.source,
-        scores.per_class,
-        scores.precision,
-    )
+    scored = time.perf_counter()
+    return Row(setting, scores.metrics, suppressed - start, scored - suppressed, scores.per_class, scores.precision)
 
 
 def evaluate_all(
@@ -120,12 +130,14 @@ def evaluate_all(
     for number, row in _run(_evaluate, candidates, settings, own, truth, processes, sharers):
         mine[number] = row
         if partial:
-            _append(partial, dict(identity=identity, setting=_key(settings[number]), row=asdict(row)))
+            _append(partial, dict(identity=identity, setting=_key(settings[number]), row=row.to_dict()))
         finished += 1
         on_row(row, finished, len(rows) + len(own))
     barrier()
     for part in all_gather_object(mine):
         rows |= part
+    for number, row in rows.items():
+        row.setting = settings[number]  # not the copy that came back from another process
     return [rows[number] for number in range(len(settings))]
 
 
@@ -184,8 +196,9 @@ def _row(content: dict[str, Any], setting: Setting) -> Row:
     Raises:
         TypeError, ValueError, KeyError: it is not a row of that setting.
     """
-    row = Row(**content)
-    if (row.rule, row.source, _plain(row.params)) != (setting.name, setting.source, _plain(setting.params)):
+    about = content.pop('rule'), content.pop('source'), content.pop('params')
+    row = Row(setting, **content)
+    if about != (setting.name, setting.source, _plain(setting.params)):
         raise ValueError('it is of another setting')
     numbers = [row.seconds, row.metric_seconds, *row.metrics.values(), *row.per_class.values()]
     numbers += [value for curve in row.precision.values() for value in curve]
