@@ -219,8 +219,10 @@ def _described(plugged: Config, foreign: bool) -> dict[str, Any]:
         if key not in _IRRELEVANT and key not in _PLACES and not key.startswith(_IRRELEVANT_PREFIXES)
     }
     if not foreign:
-        read = ('model', 'test_dataloader', 'test_cfg', 'default_hooks', 'custom_hooks', 'custom_imports', 'env_cfg')
-        read += ('data_preprocessor', 'default_scope', 'randomness', 'model_wrapper_cfg', 'compile')
+        read = [
+            'model', 'test_dataloader', 'test_cfg', 'default_hooks', 'custom_hooks', 'custom_imports', 'env_cfg',
+            'data_preprocessor', 'default_scope', 'randomness', 'model_wrapper_cfg', 'compile',
+        ]  # fmt: skip
         content = {key: content[key] for key in read if key in content}
     content['default_scope'] = content.get('default_scope') or 'mmdet'
     content['default_hooks'] = {
