@@ -9,6 +9,7 @@ Three things can be wrong with a file, and each has a remedy of its own: it is *
 another *format* (convert it), or it holds types that are *not allowed* (trust it, or do not).
 """
 
+import datetime
 import importlib.util
 import os
 import pickle
@@ -97,9 +98,10 @@ def allow_zoo_types() -> None:
     # The fork allows these for each load of its own, the real getattr among them, and disallows them afterwards.
     mmengine.runner.checkpoint.get_torch_safe_globals = list
     multiarray: Any = (np._core if hasattr(np, '_core') else np.core).multiarray  # type: ignore[attr-defined]
-    # Constructors that only take values: of containers, of arrays, of dtypes without Python objects.
+    # Constructors that only take values: of containers, of dates, of arrays, of dtypes without Python objects.
     allowed: list[Any] = [HistoryBuffer, Config, ConfigDict, np.ndarray, np.dtype]
     allowed += [set, frozenset, slice, range]
+    allowed += [datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone]
     allowed += sorted({type(np.dtype(code)) for code in '?bhilqBHILQefdgFDGSUMm'}, key=lambda kind: kind.__name__)
     for name in ('scalar', '_reconstruct'):
         function = getattr(multiarray, name)

@@ -1,9 +1,10 @@
-"""Errors of the tools, files written whole or not at all, and hashes."""
+"""Errors of the tools and words for other errors, files written whole or not at all, and hashes."""
 
 import hashlib
 import json
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ class ReevaluationError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, not allowed, or not of the model it is loaded into; one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line; of one that says nothing, as a bare ``assert`` does, the code that raised it."""
+    if said := next(iter(str(error).splitlines()), ''):
+        return said
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f' in {Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}' if frames else ''
+    return f'{type(error).__name__}{place}'
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

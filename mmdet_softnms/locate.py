@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from filelock import FileLock
 from mmengine.config import Config
+from mmengine.fileio import register_handler
+from mmengine.fileio.handlers import YamlHandler
 from mmengine.hub import get_config
 from mmengine.infer import BaseInferencer
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdet_softnms.files import CheckpointError, ReevaluationError
+from mmdet_softnms.yaml_file import WithTuples, parse_yaml
 
 _URLS = ('http://', 'https://', 'file://')
 _TIMEOUT = 60  # seconds without a byte
@@ -63,13 +66,23 @@ def local_config(name: str | Path) -> str:
     raise ReevaluationError(f'config {name} does not exist')
 
 
+class _PlainYaml(YamlHandler):  # type: ignore[misc]
+    """mmengine's reader of YAML, without the objects that a file can name."""
+
+    def load_from_fileobj(self, file: Any, **_: Any) -> Any:
+        return parse_yaml(file, WithTuples)
+
+
 def read_config(name: str | Path, options: dict[str, Any] | None = None) -> Config:
     """A config by any name that :func:`local_config` takes, with overrides.
+
+    From then on mmengine reads the YAML files of this process as plain data.
 
     Raises:
         ReevaluationError: there is none, or it cannot be read.
     """
     path = local_config(name)
+    register_handler(['yml', 'yaml'])(_PlainYaml)
     try:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})

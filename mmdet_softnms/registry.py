@@ -5,6 +5,7 @@ The registries are children of mmengine's root, so that ``type='mmdet_softnms.X'
 name up: no config needs ``custom_imports``, and mmdet is imported when a model is asked for, not before.
 """
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -126,10 +127,23 @@ def _look_up(name: str, registry: Registry, default_scope: str | None) -> Any:
     except (RuntimeError, ValueError):  # mmengine's two ways of saying that there is no such name
         found = None
     if found is None:
+        similar = _similar(name, registry.root)
         raise NotRegisteredError(
             f'{name} is not registered: no {registry.root.name} has that name, or its scope is missing'
+            + (f'; is it {similar}?' if similar else '')
         )
     return found
+
+
+def _similar(name: str, root: Registry) -> str:
+    """The registered name most like another, with its scope; empty where none is."""
+    root.children[MODELS.scope].import_from_location()
+    known = {
+        one: f'{registry.scope}.{one}'
+        for registry in (*root.children.values(), root.children[MODELS.scope])  # ours before another's
+        for one in registry.module_dict
+    }
+    return next((known[one] for one in difflib.get_close_matches(name.rpartition('.')[2], known, 1, 0.8)), '')
 
 
 def _place_of(cls: Any, registry: Registry) -> tuple[str | None, str | None]:
@@ -144,8 +158,13 @@ def _place_of(cls: Any, registry: Registry) -> tuple[str | None, str | None]:
 
 
 def _kind_of(nms_cfg: Mapping[str, Any]) -> Any:
+    if not isinstance(nms_cfg, Mapping):
+        raise TypeError(f"nms must be a dict with a type, as dict(type='mmdet_softnms.SoftNMS'), got {nms_cfg!r}")
     kind = nms_cfg.get('type', 'nms')
-    return kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
+    kind = kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
+    if not isinstance(kind, str) and not callable(kind):
+        raise TypeError(f'nms.type must be a name, a class or a function, got {kind!r}')
+    return kind
 
 
 def _mmcv_function(name: str) -> Any:
@@ -158,6 +177,7 @@ def is_stock(nms_cfg: Mapping[str, Any]) -> bool:
 
     Raises:
         NotRegisteredError: an unscoped name that mmcv does not know, a rule whose scope was forgotten, say.
+        TypeError: it is no dict, or its type neither a name nor something that can be called.
     """
     kind = _kind_of(nms_cfg)
     if not isinstance(kind, str):
@@ -188,10 +208,8 @@ def build_rule(nms_cfg: Mapping[str, Any]) -> Rule:
             to drop it), or a type that is not a rule.
         NotRegisteredError: no rule of that name is registered.
     """
-    if not isinstance(nms_cfg, Mapping):
-        raise TypeError(f"nms must be a dict with a type, as dict(type='mmdet_softnms.SoftNMS'), got {nms_cfg!r}")
-    arguments = {name: value for name, value in nms_cfg.items() if name != 'type'}
     kind = _kind_of(nms_cfg)
+    arguments = {name: value for name, value in nms_cfg.items() if name != 'type'}
     if is_stock(nms_cfg):
         return MmcvNMS(kind, **arguments)
     if isinstance(kind, str) and kind.startswith('mmcv.ops.'):  # written out in full, or dumped by mmengine

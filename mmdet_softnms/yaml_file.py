@@ -1,7 +1,7 @@
 """YAML files as data: mmengine's reader would construct any Python object that a file names, and unpickle others."""
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -11,6 +11,15 @@ _MAX_VALUES = 100_000
 
 class YamlError(ValueError):
     """The file cannot be read, or is no plain data; one line without the file's name."""
+
+
+class WithTuples(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads tuples, too, which mmengine writes into the configs that it dumps."""
+
+
+WithTuples.add_constructor(
+    'tag:yaml.org,2002:python/tuple', lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
 
 
 def read_yaml(path: Path) -> Any:
@@ -23,13 +32,23 @@ def read_yaml(path: Path) -> Any:
         raise YamlError('only .yml and .yaml files are read')
     try:
         with open(path, 'rb') as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise YamlError(f'it is longer than {_MAX_BYTES} bytes')
-        content = yaml.safe_load(text.decode('utf-8-sig'))
-        _count(content, {})
+            return parse_yaml(file)
     except OSError as error:
         raise YamlError(error.strerror or str(error)) from error
+
+
+def parse_yaml(file: IO[Any], loader: type = yaml.SafeLoader) -> Any:
+    """The same of an open file.
+
+    Raises:
+        YamlError: anything else.
+    """
+    try:
+        text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise YamlError(f'it is longer than {_MAX_BYTES} bytes')
+        content = yaml.load(text.decode('utf-8-sig') if isinstance(text, bytes) else text, loader)
+        _count(content, {})
     except yaml.MarkedYAMLError as error:
         line = f' in line {error.problem_mark.line + 1}' if error.problem_mark else ''
         raise YamlError(f'{error.problem or error.context}{line}') from error

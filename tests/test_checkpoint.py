@@ -1,6 +1,7 @@
 """Zoo checkpoints are read without unsafe unpickling; anything else is refused with a reason."""
 
 import collections
+import datetime
 import os
 import pickle
 import subprocess
@@ -287,6 +288,7 @@ METAINFO = dict(
     numbers=[np.float32(0.5), np.int16(3), np.bool_(True), np.complex64(1j), np.float16(1)],
     day=np.datetime64('2020-01-01'),
     empty=np.zeros((0, 4)),
+    moment=datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.timezone(datetime.timedelta(hours=1))),
 )
 
 

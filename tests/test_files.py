@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mmdet_softnms.files import sha256, write_json, write_whole
+from mmdet_softnms.files import first_line, sha256, write_json, write_whole
 
 
 def test_a_file_is_written_and_replaced(tmp_path):
@@ -54,3 +54,13 @@ def test_json_holds_no_number_that_json_has_not(tmp_path):
     with pytest.raises(ValueError, match='JSON compliant'):
         write_json(tmp_path / 'file.json', dict(value=float('nan')))
     assert json.loads((tmp_path / 'file.json').read_text())['value'] == 1.5
+
+
+def test_an_error_without_words_is_named_with_the_code_that_raised_it():
+    assert first_line(ValueError('one\ntwo')) == 'one'
+    assert first_line(ValueError()) == 'ValueError'
+    try:
+        raise ValueError
+    except ValueError as error:
+        said = first_line(error)
+    assert said.startswith('ValueError in test_files.py, line ') and said.endswith(': raise ValueError')

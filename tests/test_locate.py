@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 
 from mmdet_softnms.checkpoint import load_checkpoint
@@ -170,3 +171,17 @@ def test_configs(tmp_path, monkeypatch):
         with pytest.raises(ReevaluationError, match=words) as raised:
             read_config(name)
         assert '\n' not in str(raised.value)
+
+
+def test_a_yaml_config_is_data(tmp_path):
+    """What mmengine dumps is read, tuples included; no object that a file or its base names is made."""
+    Config(dict(a=(1, [2]), b=None)).dump(tmp_path / 'dumped.yml')
+    (tmp_path / 'child.yaml').write_text("_base_: dumped.yml\nb: '{{ fileBasenameNoExtension }}'")
+    assert read_config(tmp_path / 'child.yaml').to_dict() == dict(a=(1, [2]), b='child')
+    (tmp_path / 'bad.yml').write_text(f"a: !!python/object/apply:os.mkdir ['{tmp_path / 'RAN'}']")
+    (tmp_path / 'child.yml').write_text('_base_: bad.yml')
+    for name in ('bad.yml', 'child.yml'):
+        with pytest.raises(ReevaluationError, match=f'{name} cannot be read: YamlError: could not determine') as raised:
+            read_config(tmp_path / name)
+        assert '\n' not in str(raised.value)
+    assert not (tmp_path / 'RAN').exists()

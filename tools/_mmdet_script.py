@@ -28,11 +28,10 @@ def run(name: str) -> None:
     except ImportError as error:
         sys.exit(f'error: {error}')
     import mmdet
-    from mmengine.config import Config
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
     from mmdet_softnms.files import CheckpointError, ReevaluationError
-    from mmdet_softnms.locate import local_config
+    from mmdet_softnms.locate import local_config, read_config
     from mmdet_softnms.models.places import check_places
 
     package = Path(mmdet.__file__).parent
@@ -51,8 +50,7 @@ def run(name: str) -> None:
         checkpoint = getattr(args, 'checkpoint', None) or getattr(args, 'resume', None)
         if checkpoint not in (None, 'auto') and not trust:
             load_checkpoint(checkpoint)  # before anything slow
-        cfg = Config.fromfile(local_config(args.config))
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = read_config(args.config, args.cfg_options)
         try:
             check_places(cfg)
         except ValueError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
+from mmdet_softnms.files import ReevaluationError
 
 
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -78,18 +79,11 @@ def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Export, check, write, compare."""
-    from mmengine.config import Config
-
     from mmdet_softnms.export import ExportError, post_process_to_onnx
     from mmdet_softnms.files import write_whole
+    from mmdet_softnms.locate import read_config
 
-    if not Path(args.config).is_file():
-        raise ExportError(f'config {args.config} does not exist')
-    try:
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program: whatever it raises is about the config
-        raise ExportError(f'config {args.config} cannot be read: {type(error).__name__}: {error}') from error
+    cfg = read_config(args.config, args.cfg_options)
     try:
         head, rcnn = cfg.model.roi_head.bbox_head, cfg.model.test_cfg.rcnn
         head = head[-1] if isinstance(head, list) else head  # the last stage of a cascade
@@ -163,5 +157,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     args.cfg_options = config_options(args.cfg_options)
     try:
         run(args)
-    except (ExportError, OSError) as error:
+    except (ExportError, ReevaluationError, OSError) as error:
         sys.exit(f'error: {error}')

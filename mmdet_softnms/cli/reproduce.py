@@ -74,13 +74,11 @@ def print_list(models: dict[str, Any]) -> None:
 
 def load_config(model: Any, args: argparse.Namespace) -> Any:
     """The model's config with the settings of the published number, the data root, and the user's options."""
-    from mmengine.config import Config
-
     from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.locate import read_config
 
+    cfg = read_config(model.config, model.options)
     try:
-        cfg = Config.fromfile(model.config)
-        cfg.merge_from_dict(model.options)
         if args.data_root:
             root, old = f'{args.data_root.rstrip("/")}/', cfg.test_dataloader.dataset.data_root
             cfg.test_dataloader.dataset.data_root = root

@@ -1,7 +1,8 @@
 """Where a config may name a rule, checked before a model is built.
 
 mmcv evaluates ``nms.type`` at the first image wherever our RoI heads do not look at it, and says ``NameError``. Here it
-is one sentence, with what to write instead.
+is one sentence, with what to write instead. mmengine's Runner by itself, without the commands of this package, still
+says ``NameError`` for a rule in ``rpn.nms`` or ``tta_cfg.nms``: nothing of this package runs there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -95,4 +96,7 @@ def _check_head(path: tuple[str, ...], detector: Mapping[str, Any], scope: str) 
         raise ValueError(f'{model.__name__} takes no roi_head; {_BELONGS}')
     if 'rcnn' not in (detector.get('test_cfg') or {}):
         raise ValueError('test_cfg.rcnn is missing: it has to hold score_thr, max_per_img and nms')
+    nms = detector['test_cfg']['rcnn'].get('nms')
+    if nms is not None and not isinstance(nms, Mapping):
+        build_rule(nms)  # says what is wrong
     check_arguments(cls, set(detector['roi_head']) - {'type', '_scope_', 'head'} | {'train_cfg', 'test_cfg'})

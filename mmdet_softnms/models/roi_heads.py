@@ -225,10 +225,12 @@ def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
     return known
 
 
+def _lacking(head: type, names: set[str]) -> list[str]:
+    return sorted(name for name, p in parameters_of(head).items() if p.default is p.empty and name not in names)
+
+
 def _takes(head: type, names: set[str]) -> bool:
-    parameters = parameters_of(head)
-    required = {name for name, p in parameters.items() if p.default is p.empty}
-    return required <= names <= set(parameters)
+    return not _lacking(head, names) and names <= set(parameters_of(head))
 
 
 def check_arguments(head: type, names: set[str]) -> None:
@@ -236,7 +238,7 @@ def check_arguments(head: type, names: set[str]) -> None:
     if _takes(head, names):
         return
     foreign = sorted(names - set(parameters_of(head)))
-    problem = f'takes no {", ".join(foreign)}' if foreign else 'lacks arguments'
+    problem = f'takes no {", ".join(foreign)}' if foreign else f'needs {", ".join(_lacking(head, names))}'
     start = f'{head.__name__} {problem}: the config belongs to another RoI head'
     others = [getattr(mmdets, name) for name in mmdets.__all__ if name.endswith('RoIHead')]
     fitting = [other for other in [*NAMED, *others] if not why_not(other) and _takes(other, names)]

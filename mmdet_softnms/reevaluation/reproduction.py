@@ -20,7 +20,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_softnms.checkpoint import check_weights
-from mmdet_softnms.files import ReevaluationError, sha256
+from mmdet_softnms.files import ReevaluationError, first_line, sha256
 from mmdet_softnms.reevaluation.candidates.plug import plug
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.scoring.sweep import Row
@@ -328,7 +328,7 @@ def check_model(cfg: Config, checkpoint: Path, *, trust: bool = False) -> None:
     try:
         model = MODELS.build(copy.deepcopy(cfg.model))  # building writes into the config
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
+        raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
     check_weights(model, checkpoint, trust=trust)
 
 

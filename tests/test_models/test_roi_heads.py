@@ -222,6 +222,10 @@ def test_a_cascade_config_is_sent_to_the_cascade_head():
         ({'test_cfg.rpn.nms': dict(_delete_=True, type='mmdet_softnms.SoftNMS')}, 'model.test_cfg.rpn.nms: .*write'),
         ({'roi_head.type': 'StandardRoIHead'}, "roi_head=dict\\(type='mmdet_softnms.SoftNMSRoIHead'\\)"),
         ({'test_cfg.rcnn.nms': dict(_delete_=True, type='SoftNMS')}, 'mmdet_softnms.SoftNMS'),
+        ({'test_cfg.rcnn.nms': ['SoftNMS']}, 'nms must be a dict'),
+        ({'test_cfg.rcnn.nms': dict(_delete_=True, type=3)}, 'nms.type must be a name'),
+        ({'roi_head.type': 'SoftNMSRoIHead'}, 'is it mmdet_softnms.SoftNMSRoIHead'),
+        ({'roi_head.head': 'MaskScoringRoIHead'}, 'needs mask_iou_head'),
     ],
 )
 def test_misplaced_rules_are_one_sentence(options, words):

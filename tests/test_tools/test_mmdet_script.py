@@ -64,6 +64,8 @@ def test_names_and_flags(run):
 
 def test_errors_are_one_line(run, tmp_path):
     (tmp_path / 'page').write_text('<html>')
+    (tmp_path / 'code.yml').write_text('a: !!python/object/apply:os.mkdir [RAN]')
+    (tmp_path / 'broken.py').write_text('a = dict(')
 
     def main():
         raise CheckpointError('what the Runner reads is damaged')
@@ -71,6 +73,9 @@ def test_errors_are_one_line(run, tmp_path):
     checkpoint = DEMO.with_suffix('.pth')
     for arguments, options, words in (
         (('test.py', 'no.py', checkpoint), {}, 'config no.py does not exist'),
+        (('test.py', 'broken.py', checkpoint), {}, 'config broken.py cannot be read: SyntaxError'),
+        (('test.py', 'code.yml', checkpoint), {}, 'config code.yml cannot be read: YamlError'),
+        (('train.py', 'code.yml'), {}, 'config code.yml cannot be read: YamlError'),
         (('test.py', DEMO, 'no.pth'), {}, 'checkpoint no.pth does not exist'),
         (('test.py', DEMO, 'page'), {}, 'checkpoint page is damaged (it is a web page): fetch it again'),
         (('train.py', DEMO, '--resume', 'page'), {}, 'checkpoint page is damaged'),
@@ -79,3 +84,4 @@ def test_errors_are_one_line(run, tmp_path):
     ):
         said = run(*arguments, **options)
         assert said.startswith('error: ') and words in said and '\n' not in said
+    assert not (tmp_path / 'RAN').exists()

@@ -20,7 +20,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import FUNCTIONS, HOOKS, LOOPS, MODELS, init_default_scope
 from mmengine.structures import BaseDataElement
 
-from mmdet_softnms.files import ReevaluationError, sha256
+from mmdet_softnms.files import ReevaluationError, first_line, sha256
 from mmdet_softnms.reevaluation.candidates.identity import LIBRARIES, Code, code_of, digest, model_state
 from mmdet_softnms.reevaluation.candidates.images import ImageReader, image_paths, parts_of, transforms_of
 from mmdet_softnms.reevaluation.candidates.plug import plug
@@ -137,7 +137,7 @@ def build_model(plugged: Config) -> torch.nn.Module:
     try:
         return MODELS.build(model)
     except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
-        raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
+        raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
 
 
 def drop_weight_initialisation(model: ConfigDict) -> None:

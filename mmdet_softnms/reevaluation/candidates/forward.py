@@ -27,7 +27,7 @@ from mmengine.structures import InstanceData
 from torch.utils.data import Sampler
 
 from mmdet_softnms.checkpoint import LoadedWeights, allow_unsafe_loading, check_weights
-from mmdet_softnms.files import ReevaluationError, clear_temporaries
+from mmdet_softnms.files import ReevaluationError, clear_temporaries, first_line
 from mmdet_softnms.reevaluation.candidates.fingerprint import (
     differences,
     drop_weight_initialisation,
@@ -294,7 +294,7 @@ def _forward(
         try:
             runner = Runner.from_cfg(plugged)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
+            raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check_classes(model, cfg, runner)
         family_of(cfg).leave_out_unused(model)
