@@ -315,6 +315,23 @@ def test_data_sets_that_cannot_be_built(project, change, words):
         build_test_set(cfg)
 
 
+def test_data_sets_without_image_ids_are_refused(project, tmp_path):
+    cfg = Config.fromfile(project.coco_config)
+    (tmp_path / 'set.jsonl').write_text(json.dumps(dict(filename='a.jpg', height=64, width=64)))
+    (tmp_path / 'labels.json').write_text('{"0": "a"}')
+    cfg.test_dataloader.dataset = dict(
+        type='ODVGDataset',
+        data_root=str(tmp_path),
+        ann_file='set.jsonl',
+        label_map_file='labels.json',
+        data_prefix=dict(img=''),
+        return_classes=True,
+        pipeline=[],
+    )
+    with pytest.raises(ReevaluationError, match=r'\(ODVGDataset\) gives its images no img_id'):
+        build_test_set(cfg, check_images=False)
+
+
 def test_damaged_xml_is_named_and_so_is_an_unknown_model(project, tmp_path):
     cfg = Config.fromfile(project.voc_config)
     path = project.root / 'VOC2007/Annotations/000002.xml'

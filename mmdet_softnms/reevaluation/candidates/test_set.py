@@ -45,6 +45,11 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     if len(dataset) == 0:
         raise ReevaluationError(f'the {split} set {dataset_cfg.get("ann_file")} holds no image')
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    if any('img_id' not in info for info in infos):  # ODVGDataset, say
+        raise ReevaluationError(
+            f'the {split} set ({dataset_cfg.get("type")}) gives its images no img_id, without which no detection finds '
+            'its ground truth; use a data set class with image ids, as CocoDataset'
+        )
     if len({info['img_id'] for info in infos}) < len(infos):
         raise ReevaluationError(f'image ids of the {split} set are not unique; evaluate its parts one by one')
     # Images that a storage backend reads (backend_args) are left to the forward pass, which names the first one.
