@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 #: Modules of each extra of pyproject.toml that a command needs.
 EXTRAS = {
-    'reevaluate': ('rich', 'pyarrow', 'faster_coco_eval', 'matplotlib', 'jinja2', 'filelock'),
+    'reevaluate': ('rich', 'pyarrow', 'faster_coco_eval', 'matplotlib', 'jinja2', 'filelock', 'yaml'),
     'export': ('onnx',),
 }
 
