@@ -166,7 +166,7 @@ def _check_format(path: Path) -> None:
     if head.startswith(b'PK'):
         _check_archive(path)
     elif not head.startswith(b'\x80'):
-        raise _damaged(path, 'it is no file of torch')
+        raise _damaged(path, 'it is not a file that torch wrote')
     elif _LEGACY_MAGIC not in head[:64]:
         raise _other_format(path, 'a bare pickle')
 

@@ -10,7 +10,7 @@ _MAX_VALUES = 100_000
 
 
 class YamlError(ValueError):
-    """The file cannot be read, or is no plain data; one line without the file's name."""
+    """The file cannot be read, or is not plain data; one line without the file's name."""
 
 
 class WithTuples(yaml.SafeLoader):  # type: ignore[misc]

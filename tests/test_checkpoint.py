@@ -120,7 +120,7 @@ def test_the_tools_do_not_run_it_either(tmp_path, script):
     [
         (None, 'does not exist'),
         (b'', 'damaged .it is empty.: fetch it again'),
-        (b'not a checkpoint at all', 'damaged .it is no file of torch.: fetch it again'),
+        (b'not a checkpoint at all', 'damaged .it is not a file that torch wrote.: fetch it again'),
         (b'\n<!DOCTYPE html><html>404</html>', 'damaged .it is a web page.: fetch it again'),
         (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'git lfs pull'),
         ((2).to_bytes(8, 'little') + b'{}' + b'0' * 8, 'is a safetensors file'),

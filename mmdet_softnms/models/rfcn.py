@@ -70,7 +70,7 @@ class RFCNBBoxHead(BBoxHead):
         **kwargs: Any,
     ) -> None:
         if pooling not in KINDS:
-            raise ValueError(f'pooling {pooling!r} is none of {", ".join(KINDS)}')
+            raise ValueError(f'pooling {pooling!r} is not one of {", ".join(KINDS)}')
         if not reg_class_agnostic:
             raise ValueError('reg_class_agnostic=False: R-FCN regresses one box for all classes')
         if ohem is not None and (ohem < 1 or reg_decoded_bbox):

@@ -268,7 +268,7 @@ def _weights(public: str | None, about: dict[str, str], root: Path) -> Weights:
 
 
 def check_options(options: Iterable[str]) -> str:
-    """Why a run with these overrides of the config compares with nothing; empty if it does."""
+    """Why a run with these overrides of the config cannot be compared with published numbers; empty if it can."""
     changed = [key for key in options if not key.startswith(HARMLESS_OPTIONS)]
     return f'--cfg-options changes {", ".join(changed)}' if changed else ''
 
@@ -338,7 +338,7 @@ def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[C
     Args:
         model: what is published.
         rows: of the re-evaluation; none after a dry run, which measures nothing.
-        caveats: why this run compares with nothing published; usually there are none.
+        caveats: why this run cannot be compared with what is published; usually there is no reason.
     """
     return [_compare(published, rows, caveats) for published in model.published]
 

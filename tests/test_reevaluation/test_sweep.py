@@ -287,7 +287,7 @@ def test_kept_rows_of_any_content_are_ignored_with_a_line(drawn, rows, tmp_path)
     said = []
     again = evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a', say=said.append)
     assert _without_times(again) == _without_times(rows)
-    assert len(said) == 2 and f'{len(strange) + 1} lines are no finished rows' in said[0]
+    assert len(said) == 2 and f'{len(strange) + 1} lines are not finished rows' in said[0]
     forget_partial(tmp_path)
 
 

@@ -185,7 +185,7 @@ class CandidateStore:
         path = folder / 'store.json'
         try:
             if path.exists() and not path.is_file():
-                raise ValueError('store.json is no file')
+                raise ValueError('store.json is not a file')
             if path.stat().st_size > _LARGEST_MANIFEST:
                 raise ValueError(f'store.json has {path.stat().st_size:,} bytes')
             manifest = json.loads(path.read_bytes())
@@ -240,7 +240,7 @@ class CandidateStore:
         checksum = path.with_name(path.name + '.sha256')
         try:
             if not path.is_file():
-                return 'is no file'
+                return 'is not a file'
             if path.stat().st_size > _LARGEST_SHARD:
                 return f'has {path.stat().st_size:,} bytes'
             content = path.read_bytes()

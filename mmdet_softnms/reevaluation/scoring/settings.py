@@ -248,7 +248,7 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
         if not isinstance(raw, list):
             return read_values(str(raw), f'{raw!s:.80} in {path}')
         if not raw or not all(isinstance(value, (bool, int, float, str)) for value in raw):
-            raise ReevaluationError(f'{raw!r:.80} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
+            raise ReevaluationError(f'{raw!r:.80} in {path} is not a list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
         return raw
 
     grids = []

@@ -171,7 +171,7 @@ def _read_partial(
     for path in sorted(work_dir.glob('sweep-partial-*.jsonl')):
         try:
             if not path.is_file() or path.stat().st_size > _LARGEST_PARTIAL:
-                raise OSError('it is no file, or very large')
+                raise OSError('it is not a file, or too large')
             lines = path.read_bytes().split(b'\n')
         except OSError as error:
             say(f'{path} is ignored: {error}')
@@ -186,7 +186,7 @@ def _read_partial(
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 ignored += 1  # a line that a kill cut, or anything else
         if ignored:
-            say(f'{path}: {ignored} lines are no finished rows and are ignored')
+            say(f'{path}: {ignored} lines are not finished rows and are ignored')
     return rows
 
 
