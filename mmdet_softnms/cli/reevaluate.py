@@ -261,6 +261,20 @@ def write(args: argparse.Namespace, cfg: Any, checkpoint: Path, result: Any, sel
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
 
 
+def _run(args: argparse.Namespace) -> None:
+    """:func:`run`; what a signal raised ends it even where mmengine made another error of it.
+
+    Its Runner writes the config into the log, and calls a SyntaxError whatever is raised meanwhile.
+    """
+    try:
+        run(args)
+    except Exception as error:
+        stopped: BaseException | None = error
+        while stopped is not None and not isinstance(stopped, (KeyboardInterrupt, SystemExit)):
+            stopped = stopped.__context__
+        raise stopped or error
+
+
 def _listen_to_scheduler() -> None:
     """SIGTERM ends this process by an exception, and a process that it forks (mmdet's VOC evaluation) as ever."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -288,7 +302,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     _listen_to_scheduler()
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
-        run(args)
+        _run(args)
     except (ReevaluationError, CheckpointError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:
