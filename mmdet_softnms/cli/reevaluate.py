@@ -76,8 +76,8 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         parser.error(f'--score-thr: score_thr must be in [0, 1), got {args.score_thr:g}')
     if not 0 <= args.min_score <= 1:
         parser.error(f'--min-score: min_score must be in [0, 1], got {args.min_score:g}')
-    if args.max_per_img < 1 and args.max_per_img != -1:
-        parser.error(f'--max-per-img: max_per_img must be at least 1, or -1 for no limit, got {args.max_per_img}')
+    if args.max_per_img < -1:
+        parser.error(f'--max-per-img: max_per_img must be at least 1, or 0 or -1 for no limit, got {args.max_per_img}')
     given = sys.argv[1:] if arguments is None else arguments
     args.command = [*(prog or 'python tools/reevaluate.py').split(), *given]
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -272,7 +272,9 @@ def _run(args: argparse.Namespace) -> None:
         stopped: BaseException | None = error
         while stopped is not None and not isinstance(stopped, (KeyboardInterrupt, SystemExit)):
             stopped = stopped.__context__
-        raise stopped or error
+        if stopped is None:
+            raise
+        raise stopped from None
 
 
 def _listen_to_scheduler() -> None:
