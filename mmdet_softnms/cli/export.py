@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
         head = head[-1] if isinstance(head, list) else head  # the last stage of a cascade
         num_classes, class_agnostic = head.num_classes, bool(head.get('reg_class_agnostic', False))
         rule, remarks = exported_rule(cfg)
+    except ExportError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f'{args.config} has no two-stage post-processing that can be exported ({type(error).__name__}: {error})'

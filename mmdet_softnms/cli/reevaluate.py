@@ -77,8 +77,8 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         parser.error(f'--score-thr: score_thr must be in [0, 1), got {args.score_thr:g}')
     if not 0 <= args.min_score <= 1:
         parser.error(f'--min-score: min_score must be in [0, 1], got {args.min_score:g}')
-    if args.max_per_img < 1 and args.max_per_img != -1:
-        parser.error(f'--max-per-img: max_per_img must be at least 1, or -1 for no limit, got {args.max_per_img}')
+    if args.max_per_img < -1:
+        parser.error(f'--max-per-img: max_per_img must be at least 1, or 0 or -1 for no limit, got {args.max_per_img}')
     given = sys.argv[1:] if arguments is None else arguments
     args.command = [*(prog or 'python tools/reevaluate.py').split(), *given]
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -220,6 +220,22 @@ def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, d
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
 
 
+def _run(args: argparse.Namespace) -> None:
+    """:func:`run`; what a signal raised ends it even where mmengine made another error of it.
+
+    Its Runner writes the config into the log, and calls a SyntaxError whatever is raised meanwhile.
+    """
+    try:
+        run(args)
+    except Exception as error:
+        stopped: BaseException | None = error
+        while stopped is not None and not isinstance(stopped, (KeyboardInterrupt, SystemExit)):
+            stopped = stopped.__context__
+        if stopped is None:
+            raise
+        raise stopped from None
+
+
 def _listen_to_scheduler() -> None:
     """SIGTERM ends this process by an exception, and a process that it forks (mmdet's VOC evaluation) as ever."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -247,7 +263,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     _listen_to_scheduler()
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
-        run(args)
+        _run(args)
     except (ReevaluationError, CheckpointError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:

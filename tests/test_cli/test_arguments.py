@@ -69,7 +69,7 @@ REEVALUATE = ('-m', 'reevaluate', 'config.py', 'checkpoint.pth')
         ((*REEVALUATE, '--folds', 'x'), "--folds: 'x' is not a whole number"),
         ((*REEVALUATE, '--folds', '1'), '--folds: must be at least 2, got 1'),
         ((*REEVALUATE, '--score-thr', 'nan'), 'score_thr must be in [0, 1), got nan'),
-        ((*REEVALUATE, '--max-per-img', '0'), 'max_per_img must be at least 1'),
+        ((*REEVALUATE, '--max-per-img', '-2'), 'max_per_img must be at least 1'),
         ((*REEVALUATE, '--min-score', '2'), 'min_score must be in [0, 1], got 2'),
         ((*REEVALUATE, '--sweep', 'sigma'), "'sigma' is not a sweep"),
         ((*REEVALUATE, '--sweep', 'SoftNMS.sigma=1:0:1'), 'a range is first:last:step'),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdet_softnms.cli import reevaluate as command_line
 from tests.tiny_dataset import make_project
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'reevaluate.py'
@@ -388,3 +389,18 @@ def test_two_processes_give_the_same_bytes_and_rows(project, tmp_path):
     for left, right in zip(one['rows'], two['rows'], strict=True):
         assert {**left, 'seconds': 0, 'metric_seconds': 0} == {**right, 'seconds': 0, 'metric_seconds': 0}
     assert len(one['rows']) == 5
+
+
+@pytest.mark.parametrize('raised', [SystemExit('terminated'), KeyboardInterrupt(), ValueError('a fault')])
+def test_a_signal_is_not_taken_for_a_config_that_cannot_be_formatted(monkeypatch, raised):
+    """As mmengine's ``Config.pretty_text`` does with whatever is raised in it."""
+
+    def run(args):
+        try:
+            raise raised
+        except BaseException:
+            raise SyntaxError('Failed to format the config file')  # noqa: B904
+
+    monkeypatch.setattr(command_line, 'run', run)
+    with pytest.raises(SyntaxError if isinstance(raised, ValueError) else type(raised)):
+        command_line._run(None)
