@@ -139,7 +139,7 @@ def test_code_of_the_model(project, cfg, tmp_path, monkeypatch):
     assert {'fingerprint_backbone', 'fingerprint_helper'} <= set(first['code'])
     cfg.my_variable = 3  # other people's hooks may read it
     assert differences(first, _fingerprint(project, cfg)) == 'config'
-    del cfg['my_variable']
+    cfg.pop('my_variable')
     module.FingerprintResNet.scale = 0.2
     assert differences(first, _fingerprint(project, cfg)) == 'code in memory'
     module.FingerprintResNet.scale = 1.0
@@ -171,6 +171,14 @@ class FingerprintRunner(Runner):
         self.tests.append(1)
         return super().test()
 """
+
+
+def test_a_function_that_batches(project, cfg, tmp_path, monkeypatch):
+    text = 'def batch(items):\n    return items\n'
+    cfg.test_dataloader.collate_fn = _module(tmp_path, 'fingerprint_batch', text, monkeypatch).batch
+    first = _fingerprint(project, cfg)
+    (tmp_path / 'fingerprint_batch.py').write_text(f'{text}EDITED = True\n')
+    assert differences(first, _fingerprint(project, cfg)) == 'code of fingerprint_batch'
 
 
 @pytest.mark.parametrize('change', [{'runner_type': 'FingerprintRunner'},
