@@ -153,6 +153,48 @@ def test_code_of_the_model(project, cfg, tmp_path, monkeypatch):
     assert differences(first, changed, elsewhere=True) == 'code of fingerprint_backbone'
 
 
+RUNNING = """
+from mmdet.registry import HOOKS, RUNNERS
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+@HOOKS.register_module(force=True)
+class FingerprintHook(Hook):
+    def after_test(self, runner):
+        runner.fingerprinted = 1
+
+@RUNNERS.register_module(force=True)
+class FingerprintRunner(Runner):
+    tests = []
+
+    def test(self):
+        self.tests.append(1)
+        return super().test()
+"""
+
+
+def test_a_function_that_batches(project, cfg, tmp_path, monkeypatch):
+    text = 'def batch(items):\n    return items\n'
+    cfg.test_dataloader.collate_fn = _module(tmp_path, 'fingerprint_batch', text, monkeypatch).batch
+    first = _fingerprint(project, cfg)
+    (tmp_path / 'fingerprint_batch.py').write_text(f'{text}EDITED = True\n')
+    assert differences(first, _fingerprint(project, cfg)) == 'code of fingerprint_batch'
+
+
+@pytest.mark.parametrize('change', [{'runner_type': 'FingerprintRunner'},
+                                    {'custom_hooks': [dict(type='FingerprintHook')]}])  # fmt: skip
+def test_hooks_and_runners_of_the_users(project, cfg, tmp_path, monkeypatch, change):
+    plain = _fingerprint(project, cfg)
+    module = _module(tmp_path, 'fingerprint_running', RUNNING, monkeypatch)
+    cfg.merge_from_dict(change)
+    first = _fingerprint(project, cfg)
+    assert 'config' in differences(plain, first)
+    (tmp_path / 'fingerprint_running.py').write_text(f'{RUNNING}EDITED = True\n')
+    assert differences(first, _fingerprint(project, cfg)) == 'code of fingerprint_running'
+    if 'runner_type' in change:  # which runs the network, as in mmdet's tools/test.py
+        assert _forward(project, cfg, tmp_path / 'candidates')[0] == 6 and module.FingerprintRunner.tests == [1]
+
+
 def test_code_of_this_package_and_of_openmmlab(project, cfg, monkeypatch):
     first = _fingerprint(project, cfg)
     real = identity.sha256

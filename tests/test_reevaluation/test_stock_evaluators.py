@@ -351,6 +351,23 @@ def test_several_data_sets(drawn):
         _score(cfg, drawn)
 
 
+def test_parts_that_share_an_annotation_file_have_each_object_once(drawn):
+    part = _coco(drawn, indices=[0, 1])
+    rest = copy.deepcopy(part.test_dataloader.dataset)
+    rest.indices = [2, 3, 4]
+    evaluator = dict(
+        type='MultiDatasetsEvaluator', metrics=[part.test_evaluator, part.test_evaluator], dataset_prefixes=['a', 'b']
+    )
+    dataset = dict(type='ConcatDataset', datasets=[part.test_dataloader.dataset, rest])
+    metrics, notes, stock = _score(_config(dataset, evaluator), drawn)
+    whole, _, _ = _score(_coco(drawn), drawn)
+    assert metrics['AP'] == pytest.approx(whole['AP']) and len(notes) == 1
+    assert metrics['b/coco/bbox_mAP'] == stock()['b/coco/bbox_mAP']
+    rest.indices = [2, 3]  # nobody tests the last one
+    few, notes, _ = _score(_config(dataset, evaluator), drawn)
+    assert 0 < few['AP'] < metrics['AP'] and 'has 1 images that are not in the test set' in notes[0]
+
+
 def test_images_that_only_the_evaluator_knows_count_as_missed(drawn):
     metrics, notes, stock = _score(_coco(drawn, indices=3), drawn)
     _same_as_coco(metrics, stock())

@@ -302,7 +302,10 @@ def test_networks_that_diverged_and_images_that_are_none(project, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'words'),
     [
-        (lambda cfg, root: cfg.merge_from_dict({'test_dataloader.dataset.type': 'NoDataset'}), 'NoDataset'),
+        (
+            lambda cfg, root: cfg.merge_from_dict({'test_dataloader.dataset.type': 'NoDataset'}),
+            'NoDataset.*default_scope',
+        ),
         (lambda cfg, root: (root / 'bad.json').write_text('{"images": [1,'), 'bad.json.*JSONDecodeError'),
         (lambda cfg, root: (root / 'bad.json').write_text('[]'), 'bad.json.*cannot be built'),
     ],

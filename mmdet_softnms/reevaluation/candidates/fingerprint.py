@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
-from mmengine.registry import FUNCTIONS, HOOKS, LOOPS, MODELS, init_default_scope
+from mmengine.registry import FUNCTIONS, HOOKS, LOOPS, MODELS, RUNNERS, init_default_scope
 from mmengine.structures import BaseDataElement
 
 from mmdet_softnms.files import ReevaluationError, first_line, sha256
@@ -220,7 +220,7 @@ def _described(plugged: Config, foreign: bool) -> dict[str, Any]:
     }
     if not foreign:
         read = ['model', 'test_dataloader', 'test_cfg', 'default_hooks', 'custom_hooks', 'custom_imports', 'env_cfg']
-        read += ['data_preprocessor', 'default_scope', 'randomness', 'model_wrapper_cfg', 'compile']
+        read += ['data_preprocessor', 'default_scope', 'randomness', 'model_wrapper_cfg', 'compile', 'runner_type']
         content = {key: content[key] for key in read if key in content}
     content['default_scope'] = content.get('default_scope') or 'mmdet'
     content['default_hooks'] = {
@@ -280,15 +280,17 @@ def _listing(root: str) -> Iterator[tuple[str, int, int]]:
 def _code(plugged: Config, model: torch.nn.Module, dataset: BaseDataset) -> Code:
     """Of what takes part in the forward pass: model, data set, pipeline, hooks, loop, and ``custom_imports``."""
     roots: list[Any] = [model, [type(part) for part in parts_of(dataset)], type(dataset), transforms_of(dataset)]
-    loader = plugged.test_dataloader
     hooks = [*(plugged.get('default_hooks') or {}).values(), *(plugged.get('custom_hooks') or [])]
     named = [(HOOKS, hook.get('type') if isinstance(hook, dict) else hook) for hook in hooks if _has_effect(hook)]
-    named += [(LOOPS, (plugged.get('test_cfg') or {}).get('type'))]
-    named += [(FUNCTIONS, (loader.get('collate_fn') or {}).get('type'))]
+    named += [(LOOPS, (plugged.get('test_cfg') or {}).get('type')), (RUNNERS, plugged.get('runner_type'))]
     for registry, kind in named:
-        thing = registry.get(kind) if isinstance(kind, str) else kind
+        with registry.switch_scope_and_registry(None) as place:  # of the default scope, as where it is built
+            thing = place.get(kind) if isinstance(kind, str) else kind
         if thing is not None:
             roots.append(thing)
+    collate = plugged.test_dataloader.get('collate_fn')
+    collate = collate.get('type') if isinstance(collate, dict) else collate  # which mmengine looks up without a scope
+    roots.append(FUNCTIONS.get(collate) if isinstance(collate, str) else collate)
     imports = (plugged.get('custom_imports') or {}).get('imports') or []
     return code_of(*roots, modules=[imports] if isinstance(imports, str) else list(imports))
 

@@ -22,6 +22,7 @@ from mmengine.dist import barrier, broadcast_object_list, get_dist_info, init_di
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch.utils.data import Sampler
@@ -292,7 +293,8 @@ def _forward(
     with tempfile.TemporaryDirectory() as temporary:
         plugged.work_dir = str(work_dir or temporary)
         try:
-            runner = Runner.from_cfg(plugged)
+            # As mmdet's tools/test.py: a runner of the user's own, if there is one.
+            runner = RUNNERS.build(plugged) if plugged.get('runner_type') else Runner.from_cfg(plugged)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -38,6 +38,8 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     except FileNotFoundError as error:
         raise ReevaluationError(f'the annotations of the {split} set cannot be read: {error}; {remedy}') from error
     except Exception as error:  # whatever a data set raises while it reads its annotations is about them
+        if 'registry' in str(error):  # mmengine's words for a type that it does not find
+            remedy = 'correct its types, default_scope or custom_imports'
         raise ReevaluationError(
             f'the {split} set ({dataset_cfg.get("type")}, annotations {_annotations(dataset_cfg)}) cannot be built: '
             f'{type(error).__name__}: {error}; {remedy}'

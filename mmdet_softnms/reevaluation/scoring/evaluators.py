@@ -418,7 +418,7 @@ def notes(found: Sequence[Other], voc: bool) -> list[str]:
                 f'its numbers, as it gives them and not in %, are the columns {", ".join(other.columns[:_NAMED])}{more}'
             )
         elif other.why_not:
-            where = f'its numbers are missing: {other.why_not}'
+            where = f'its numbers are missing: {other.why_not.rstrip(".")}'
         else:
             where = 'it has none for boxes alone'
         lines.append(f'{shown}, not the numbers of the configured {other.name}; {where}.')

@@ -203,10 +203,12 @@ def _from_apis(classes: tuple[str, ...], infos: list[dict[str, Any]], source: li
                 f'the annotation file of test_evaluator lacks {len(missing)} of the {len(wanted)} test images, first '
                 f'id {missing[0]}; evaluator and data set have to name the same annotations'
             )
-        untested += [img_id for img_id in img_ids if img_id not in here]
+        # Parts may share an annotation file: an image that another part tests, or has brought already, counts there.
+        mine = here | (present - {*tested, *untested})
+        untested += [img_id for img_id in img_ids if img_id in mine and img_id not in here]
         label_of = {one['id']: label for label, one in enumerate(known)}
         for one in part.api.dataset.get('annotations', []):
-            if one['image_id'] not in present:
+            if one['image_id'] not in mine:
                 continue
             if one['category_id'] in label_of:
                 objects.append((one['image_id'], label_of[one['category_id']], one))
