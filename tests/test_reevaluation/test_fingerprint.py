@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import gc
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import mmengine.fileio as fileio
 import numpy as np
 import pytest
 import torch
@@ -258,6 +260,8 @@ def test_images_by_a_storage_backend(project, cfg, tmp_path):
     content = {path.name: path.read_bytes() for path in sorted((project.root / 'VOC2007/JPEGImages').iterdir())}
 
     def write(images):
+        fileio.io.backend_instances.clear()  # LMDB opens a data base once a process
+        gc.collect()
         environment = lmdb.open(str(tmp_path / 'images.lmdb'), map_size=2**24)
         with environment.begin(write=True) as transaction:
             for name, value in images.items():
@@ -315,7 +319,7 @@ class FingerprintRule(HardNMS):
 def test_rows_of_a_rule_that_was_edited(project, cfg, tmp_path, monkeypatch):
     """From Python the rows of a finished call are still there; only the same code may take them."""
     cfg.model.roi_head.type = 'mmdet_softnms.SoftNMSRoIHead'
-    cfg.model.test_cfg.rcnn.nms = dict(_delete_=True, type='mmdet_softnms.FingerprintRule')
+    cfg.model.test_cfg.rcnn.nms = dict(type='mmdet_softnms.FingerprintRule')
 
     def rows():
         result = reevaluate(cfg, project.checkpoint, work_dir=tmp_path / 'work')
