@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import gc
 import importlib
 import json
 import os
@@ -258,7 +259,8 @@ def test_images_by_a_storage_backend(project, cfg, tmp_path):
     content = {path.name: path.read_bytes() for path in sorted((project.root / 'VOC2007/JPEGImages').iterdir())}
 
     def write(images):
-        fileio.io.backend_instances.clear()  # the loader of a forward pass in this process keeps its own open
+        fileio.io.backend_instances.clear()  # LMDB opens a data base once a process
+        gc.collect()
         environment = lmdb.open(str(tmp_path / 'images.lmdb'), map_size=2**24)
         with environment.begin(write=True) as transaction:
             for name, value in images.items():
