@@ -87,7 +87,7 @@ def test_post_processing_of_a_head(class_agnostic, num_rois):
         boxes = boxes.reshape(rois, 4 if class_agnostic else 4 * num_classes)
         dets, labels = session.run(None, dict(boxes=boxes.numpy(), scores=scores.numpy()))
         expected = post_process(boxes, scores, rule, 0.05, 20)
-        num = len(expected)
+        num = len(expected.labels)
         assert len(dets) == len(labels) == (num if num_rois is None else 20)
         assert labels[:num].tolist() == expected.labels.tolist() and (labels[num:] == -1).all()
         np.testing.assert_allclose(dets[:num, :4], expected.bboxes.numpy(), rtol=0, atol=1e-5)
