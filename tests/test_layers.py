@@ -30,6 +30,7 @@ roi_heads
 reevaluation
 reevaluation.candidates
 reevaluation.scoring
+reevaluation.request
 reevaluation.result
 reevaluation.choice
 reevaluation.report
