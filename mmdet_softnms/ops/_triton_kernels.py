@@ -58,7 +58,9 @@ def rule(weight: weights.Weight) -> dict[str, Any]:
     unknown = set(weight.parameters) - {'iou_threshold', 'sigma'}
     assert not unknown, f'_decay passes no {unknown}'
     words = dict(where=_where, exp=_exp, cos=_cos, sqrt=_sqrt)
-    function: Any = weights.rewritten(weight.function, words, tl.constexpr)
+    # The compiler wants a module's numbers as constexpr, and the interpreter cannot calculate with those.
+    number = tl.constexpr if isinstance(_where, triton.JITFunction) else float
+    function: Any = weights.rewritten(weight.function, words, number)
     function.__globals__['tl'] = tl  # the interpreter looks for it
     return dict(
         WEIGHT=triton.jit(function),
