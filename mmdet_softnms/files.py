@@ -1,14 +1,29 @@
-"""Errors of the tools, files written whole or not at all, and hashes."""
+"""Errors of the tools and words for other errors, files written whole or not at all, and hashes."""
 
 import hashlib
 import json
 import os
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 
 class ReevaluationError(RuntimeError):
     """The input of a re-evaluation cannot be used; the message is one line with the remedy."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged, not allowed, or not of the model it is loaded into; one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line; of one that says nothing, as a bare ``assert`` does, the code that raised it."""
+    if said := next(iter(str(error).splitlines()), ''):
+        return said
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f' in {Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}' if frames else ''
+    return f'{type(error).__name__}{place}'
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -28,6 +43,32 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Delete what :func:`write_whole` left in a folder when its process was killed."""
+    for path in folder.glob('.*.tmp'):
+        number = path.name.split('.')[-2]
+        try:
+            if number.isdecimal() and path.is_file() and _is_left_over(path, int(number)):
+                path.unlink(missing_ok=True)
+        except OSError:  # somebody else's file: in nobody's way
+            continue
+
+
+def _is_left_over(path: Path, pid: int) -> bool:
+    """Whether nobody writes the file any more: this process does not yet, others are dead, or it is a day old."""
+    if pid == os.getpid() or time.time() - path.stat().st_mtime > 86_400:
+        return True
+    if os.name != 'posix':  # os.kill ends a process there
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def sha256(path: str | Path) -> str:

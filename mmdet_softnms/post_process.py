@@ -1,23 +1,47 @@
 """Raw candidates to detections: the one place where suppression happens, for a live model and for stored candidates.
 
 Raw (mmdet's ``rcnn_test_cfg=None`` contract), one image: ``boxes`` (R, 4K), or (R, 4) where box regression is
-class-agnostic; ``scores`` (R, K+1), background last. Candidates: ``InstanceData`` with ``bboxes`` (N, 4), ``scores``
-(N,) and ``labels`` (N,), in the order of mmdet's ``multiclass_nms``: by RoI, then by class.
+class-agnostic; ``scores`` (R, K+1), background last. Candidates and detections are three tensors of one length each,
+:class:`Instances`; candidates come in the order of mmdet's ``multiclass_nms``: by RoI, then by class. Needs torch only.
 """
 
-from mmengine.structures import InstanceData
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
 from torch import Tensor
 
 from mmdet_softnms.rules import Rule
 
 
-def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> InstanceData:
-    """Drop background and scores not above ``score_thr``, one candidate per remaining RoI and class.
+class Instances(NamedTuple):
+    """Boxes of one image with their scores and classes."""
+
+    bboxes: Tensor  # (N, 4) xyxy
+    scores: Tensor  # (N,)
+    labels: Tensor  # (N,) int64
+
+
+def warn_of_dropped(dropped: Sequence[int]) -> None:
+    """Say how many candidates were dropped because their box or score is not finite; ``dropped``: of each image."""
+    first = next(number for number, count in enumerate(dropped) if count)
+    warnings.warn(
+        f'{sum(dropped)} candidates whose box or score is not finite, or whose area overflows, were dropped (first in '
+        f'image {first} of a batch of {len(dropped)}): the network diverged in training, or ran out of the range of '
+        'its floating type',
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> Instances:
+    """Drop background and scores up to ``score_thr``, one candidate per remaining RoI and class.
 
     Args:
         boxes (Tensor[R, 4K] or Tensor[R, 4]): decoded ``xyxy`` boxes.
         scores (Tensor[R, K+1]): class probabilities, background last.
-        score_thr: candidates with ``score > score_thr`` stay, as in mmdet.
+        score_thr: candidates with ``score > score_thr`` stay, as in mmdet, and those whose score is not a number.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -29,34 +53,110 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> InstanceDa
             f'boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)} are not the (R, 4K) or (R, 4) and (R, K+1) '
             'of one image'
         )
-    roi, label = (scores[:, :-1] > score_thr).nonzero(as_tuple=True)
+    roi, label = (~(scores[:, :-1] <= score_thr)).nonzero(as_tuple=True)
     chosen = boxes[roi] if boxes.shape[1] == 4 else boxes.view(num_rois, num_classes, 4)[roi, label]
-    return InstanceData(bboxes=chosen, scores=scores[roi, label], labels=label)
+    return Instances(chosen, scores[roi, label], label)
 
 
-def suppress(candidates: InstanceData, rule: Rule, score_thr: float, max_per_img: int) -> InstanceData:
+def drop_non_finite(candidates: Instances) -> tuple[Instances, int]:
+    """Leave out what no rule can compare: boxes and scores that are not finite, and boxes whose area overflows.
+
+    Returns:
+        The candidates that stay, and how many were dropped.
+    """
+    boxes = candidates.bboxes
+    if boxes.dtype not in (torch.float32, torch.float64):
+        boxes = boxes.float()  # the type the operator computes in
+    sides = boxes[:, 2:] - boxes[:, :2]
+    # Not a number and infinity fail the comparison, too. A quarter: room for an offset, and for the union of two.
+    usable = (sides[:, 0] * sides[:, 1]).abs() <= torch.finfo(boxes.dtype).max / 4
+    usable &= boxes.isfinite().all(dim=1) & candidates.scores.isfinite()
+    if bool(usable.all()):
+        return candidates, 0
+    return Instances(*(part[usable] for part in candidates)), int((~usable).sum())
+
+
+def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) -> Instances:
     """Apply a rule to the candidates of one image above ``score_thr``.
 
     Args:
-        candidates: as :func:`to_candidates` returns them, with any threshold not above ``score_thr``.
+        candidates: with ``bboxes``, ``scores`` and ``labels``, finite, in the order of :func:`to_candidates` with any
+            threshold not above ``score_thr``.
         rule: a rule from :mod:`mmdet_softnms.rules`.
         score_thr: candidates with ``score > score_thr`` take part.
-        max_per_img: at most so many detections; -1: no limit.
+        max_per_img: at most so many detections; 0 or less: no limit, as in mmdet.
 
     Returns:
         Detections in selection order: ``bboxes`` (M, 4), ``scores`` (M,) never increasing, ``labels`` (M,).
     """
+    candidates = Instances(candidates.bboxes, candidates.scores, candidates.labels)
     above = candidates.scores > score_thr
     if not bool(above.all()):
-        candidates = candidates[above]
-    return _apply(candidates, rule, max_per_img)
+        candidates = Instances(*(part[above] for part in candidates))
+    return _apply([candidates], rule, max_per_img)[0]
 
 
-def _apply(candidates: InstanceData, rule: Rule, max_per_img: int) -> InstanceData:
-    keep, scores = rule(candidates.bboxes, candidates.scores, candidates.labels, max_per_img)
-    return InstanceData(bboxes=candidates.bboxes[keep], scores=scores, labels=candidates.labels[keep])
+def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[Instances]:
+    max_num = max_per_img if max_per_img > 0 else -1
+    batch = getattr(rule, 'batch', None)
+    if batch is None or len(images) == 1:
+        selected = [rule(*image, max_num) for image in images]
+    else:
+        selected = batch(*(list(part) for part in zip(*images, strict=True)), max_num)
+    return [
+        Instances(image.bboxes[keep], scores, image.labels[keep])
+        for image, (keep, scores) in zip(images, selected, strict=True)
+    ]
 
 
-def post_process(boxes: Tensor, scores: Tensor, rule: Rule, score_thr: float, max_per_img: int) -> InstanceData:
-    """Raw boxes and scores of one image to detections; see :func:`to_candidates` and :func:`suppress`."""
-    return _apply(to_candidates(boxes, scores, score_thr), rule, max_per_img)
+@overload
+def post_process(
+    boxes: Tensor,
+    scores: Tensor,
+    rule: Rule,
+    score_thr: float,
+    max_per_img: int,
+    on_dropped: Callable[[Sequence[int]], None] = ...,
+) -> Instances: ...
+
+
+@overload
+def post_process(
+    boxes: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    rule: Rule,
+    score_thr: float,
+    max_per_img: int,
+    on_dropped: Callable[[Sequence[int]], None] = ...,
+) -> list[Instances]: ...
+
+
+def post_process(
+    boxes: Tensor | Sequence[Tensor],
+    scores: Tensor | Sequence[Tensor],
+    rule: Rule,
+    score_thr: float,
+    max_per_img: int,
+    on_dropped: Callable[[Sequence[int]], None] = warn_of_dropped,
+) -> Instances | list[Instances]:
+    """Raw boxes and scores to detections, of one image (tensors) or of a batch (lists of tensors).
+
+    Args:
+        boxes, scores: of :func:`to_candidates`, or a list with those of each image.
+        rule, score_thr, max_per_img: of :func:`suppress`.
+        on_dropped: called with the number of candidates dropped in each image, where there are any
+            (:func:`drop_non_finite`).
+
+    Returns:
+        Detections of the image, or a list with those of each.
+    """
+    if isinstance(boxes, Tensor):
+        assert isinstance(scores, Tensor)
+        return post_process([boxes], [scores], rule, score_thr, max_per_img, on_dropped)[0]
+    images = [to_candidates(*raw, score_thr) for raw in zip(boxes, scores, strict=True)]
+    if not getattr(rule, 'keeps_non_finite', False):
+        finite = [drop_non_finite(image) for image in images]
+        images = [image for image, _ in finite]
+        if any(dropped := [count for _, count in finite]):
+            on_dropped(dropped)
+    return _apply(images, rule, max_per_img)

@@ -1,48 +1,227 @@
-"""Registries of the plugin: children of mmdet's, so that ``type='mmdet_softnms.X'`` resolves in any mmdet config.
+"""Registries of the plugin, and what a ``type`` of a config stands for.
 
-mmengine imports this module by itself when it meets the scope, and ``locations`` when it looks a name up; no config
-needs ``custom_imports``. This is the only module that looks at how the OpenMMLab stack is installed.
+The registries are children of mmengine's root, so that ``type='mmdet_softnms.X'`` resolves under any
+``default_scope``. mmengine imports this module by itself when it meets the scope, and ``locations`` when it looks a
+name up: no config needs ``custom_imports``, and mmdet is imported when a model is asked for, not before.
 """
 
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS
+
+_INSTALL = (
+    'mmdet_softnms needs mmdet 3.x with mmcv and mmengine to plug into a detector ({}); install either '
+    'onedl-mmdetection or mmdet, see "Installation" in the README. The operator alone, mmdet_softnms.soft_nms, and the '
+    'rules work without them.'
+)
 try:
-    import mmcv
-    import mmdet.registry
-    from mmengine.registry import Registry
+    from mmengine import registry as root
+    from mmengine.config.lazy import LazyAttr, LazyObject
+    from mmengine.registry import DefaultScope, Registry
 except ImportError as error:
-    raise ImportError(
-        f'mmdet_softnms needs mmdet 3.x with mmcv and mmengine to plug into a detector ({error}); install either '
-        'onedl-mmdetection or mmdet, see "Installation" in the README. The operator alone, '
-        'mmdet_softnms.soft_nms, works without them.'
-    ) from error
-try:
-    import mmcv.ops
-except (ImportError, AttributeError) as error:
-    raise ImportError(
-        f'mmcv {mmcv.__version__} is installed without its compiled ops ({error}), so no detector can run; build it '
-        'after torch with "pip install --no-build-isolation", as tools/quickstart.sh does.'
-    ) from error
+    raise ImportError(_INSTALL.format(error)) from error
 
 MODELS = Registry(
     'model',
-    parent=mmdet.registry.MODELS,
+    parent=root.MODELS,
     scope='mmdet_softnms',
     locations=['mmdet_softnms.models.roi_heads', 'mmdet_softnms.models.rfcn', 'mmdet_softnms.models.caffe'],
 )
 TASK_UTILS = Registry(
-    'task util',
-    parent=mmdet.registry.TASK_UTILS,
-    scope='mmdet_softnms',
-    locations=['mmdet_softnms.rules', 'mmdet_softnms.models.caffe'],
+    'task util', parent=root.TASK_UTILS, scope='mmdet_softnms', locations=['mmdet_softnms.models.caffe']
 )
 METRICS = Registry(
     'metric',
-    parent=mmdet.registry.METRICS,
+    parent=root.METRICS,
     scope='mmdet_softnms',
     locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )
 DATA_SAMPLERS = Registry(
     'data sampler',
-    parent=mmdet.registry.DATA_SAMPLERS,
+    parent=root.DATA_SAMPLERS,
     scope='mmdet_softnms',
     locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )
+for _rule in (SoftNMS, HardNMS, NoSuppression, MmcvNMS):
+    TASK_UTILS.register_module(module=_rule)
+
+
+def require_mmdet() -> None:
+    """Raise an ImportError of one sentence where mmdet, mmcv or mmcv's compiled operators are missing."""
+    try:
+        import mmcv
+        import mmdet.registry  # noqa: F401
+    except ImportError as error:
+        raise ImportError(_INSTALL.format(error)) from error
+    try:
+        import mmcv.ops
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f'mmcv {mmcv.__version__} is installed without its compiled ops ({error}), so no detector can run; build '
+            'it after torch with "pip install --no-build-isolation", as tools/quickstart.sh does.'
+        ) from error
+
+
+class NotRegisteredError(KeyError):
+    """A ``type`` that no registry holds; the message is one line with the remedy."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would quote it
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a ``type`` of a config stands for."""
+
+    scope: str | None  # of the registry that holds it; None: it is not registered
+    name: str  # there, or of the class itself
+    cls: Any  # the class or function
+
+    @property
+    def type(self) -> str:
+        """What a config may write, whatever its ``default_scope``: with scope, or with module if not registered."""
+        return f'{self.scope or self.cls.__module__}.{self.name}'
+
+
+def default_scope_of(cfg: Mapping[str, Any]) -> str:
+    """The scope of a config's unscoped names; mmdet where it names none."""
+    scope: str = cfg.get('default_scope') or 'mmdet'
+    return scope
+
+
+def resolve(kind: Any, registry: Registry, default_scope: str | None = None) -> Resolved:
+    """Look a ``type`` up: a name with or without scope (``'X'``, ``'a.X'``, ``'a.b.X'``), class, function, LazyObject.
+
+    Args:
+        kind: the ``type``.
+        registry: a registry of the tree in which it is looked for.
+        default_scope: of unscoped names; None: mmengine's current one, or mmdet.
+
+    Raises:
+        NotRegisteredError: there is no such name.
+        TypeError: it is neither a name nor something that can be called.
+    """
+    if isinstance(kind, (LazyAttr, LazyObject)):
+        kind = kind.build()
+    if isinstance(kind, str):
+        cls = _look_up(kind, registry, default_scope)
+    elif callable(kind):
+        cls = kind
+    else:
+        raise TypeError(f'type must be a name, a class or a function, got {kind!r}')
+    scope, name = _place_of(cls, registry.root)
+    return Resolved(scope, name or str(getattr(cls, '__qualname__', type(cls).__name__)), cls)
+
+
+def _look_up(name: str, registry: Registry, default_scope: str | None) -> Any:
+    current = DefaultScope.get_current_instance()
+    scope = default_scope or (current.scope_name if current is not None else 'mmdet')
+    try:
+        with registry.switch_scope_and_registry(scope) as place:
+            found = place.get(name)
+    except (RuntimeError, ValueError):  # mmengine's two ways of saying that there is no such name
+        found = None
+    if found is None:
+        similar = _similar(name, registry.root)
+        raise NotRegisteredError(
+            f'{name} is not registered: no {registry.root.name} has that name, or its scope is missing'
+            + (f'; is it {similar}?' if similar else '')
+        )
+    return found
+
+
+def _similar(name: str, root: Registry) -> str:
+    """The registered name most like another, with its scope; empty where none is."""
+    root.children[MODELS.scope].import_from_location()
+    known = {
+        one: f'{registry.scope}.{one}'
+        for registry in (*root.children.values(), root.children[MODELS.scope])  # ours before another's
+        for one in registry.module_dict
+    }
+    return next((known[one] for one in difflib.get_close_matches(name.rpartition('.')[2], known, 1, 0.8)), '')
+
+
+def _place_of(cls: Any, registry: Registry) -> tuple[str | None, str | None]:
+    """Scope and name under which a tree of registries holds a class."""
+    for name, found in registry.module_dict.items():
+        if found is cls:
+            return registry.scope, name
+    for child in registry.children.values():
+        if (place := _place_of(cls, child)) != (None, None):
+            return place
+    return None, None
+
+
+def _kind_of(nms_cfg: Mapping[str, Any]) -> Any:
+    if not isinstance(nms_cfg, Mapping):
+        raise TypeError(f"nms must be a dict with a type, as dict(type='mmdet_softnms.SoftNMS'), got {nms_cfg!r}")
+    kind = nms_cfg.get('type', 'nms')
+    kind = kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
+    if not isinstance(kind, str) and not callable(kind):
+        raise TypeError(f'nms.type must be a name, a class or a function, got {kind!r}')
+    return kind
+
+
+def _mmcv_function(name: str) -> Any:
+    """The function that mmcv's ``batched_nms`` finds under an unscoped name; None where it finds none."""
+    return getattr(importlib.import_module('mmcv.ops.nms'), name, None)
+
+
+def is_stock(nms_cfg: Mapping[str, Any]) -> bool:
+    """Whether ``nms`` of a test_cfg is mmdet's own business: no type, a name of mmcv's (``'nms'``), or a function.
+
+    Raises:
+        NotRegisteredError: an unscoped name that mmcv does not know, a rule whose scope was forgotten, say.
+        TypeError: it is no dict, or its type neither a name nor something that can be called.
+    """
+    kind = _kind_of(nms_cfg)
+    if not isinstance(kind, str):
+        return not inspect.isclass(kind) and _place_of(kind, TASK_UTILS.root) == (None, None)
+    if '.' in kind:
+        return False
+    if not callable(_mmcv_function(kind)):
+        if scopes := [scope for scope, names in _registered().items() if kind in names]:
+            raise NotRegisteredError(f"nms.type={kind!r} lacks its scope: write type='{scopes[0]}.{kind}'")
+        raise NotRegisteredError(
+            f"nms.type={kind!r} is not one of mmcv's functions (nms, soft_nms) and not a registered rule; rules are "
+            f'written with their scope, as mmdet_softnms.SoftNMS'
+        )
+    return True
+
+
+def _registered() -> dict[str, list[str]]:
+    """Names in every task util registry that is loaded, ours first."""
+    others = {scope: list(child.module_dict) for scope, child in TASK_UTILS.root.children.items()}
+    return {TASK_UTILS.scope: list(TASK_UTILS.module_dict)} | others
+
+
+def build_rule(nms_cfg: Mapping[str, Any]) -> Rule:
+    """Build the rule that ``test_cfg.rcnn.nms`` names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
+
+    Raises:
+        TypeError: an argument the rule does not have (often a key inherited from a base config: the message says how
+            to drop it), or a type that is not a rule.
+        NotRegisteredError: no rule of that name is registered.
+    """
+    kind = _kind_of(nms_cfg)
+    arguments = {name: value for name, value in nms_cfg.items() if name != 'type'}
+    if is_stock(nms_cfg):
+        return MmcvNMS(kind, **arguments)
+    if isinstance(kind, str) and kind.startswith('mmcv.ops.'):  # written out in full, or dumped by mmengine
+        return MmcvNMS(kind.rpartition('.')[2], **arguments)
+    cls = resolve(kind, TASK_UTILS).cls
+    try:
+        rule: Rule = cls(**arguments)
+    except TypeError as error:
+        raise TypeError(
+            f'test_cfg.rcnn.nms = {dict(nms_cfg)} does not fit its rule: {error}. Keys of the base config are merged '
+            'in unless the dict says _delete_=True.'
+        ) from error
+    if not callable(rule):
+        raise TypeError(f'nms.type={kind!r} is not a suppression rule: use mmdet_softnms.SoftNMS or one of your own')
+    return rule

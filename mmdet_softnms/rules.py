@@ -1,22 +1,28 @@
-"""Suppression rules, by name in a config: ``nms=dict(type='mmdet_softnms.SoftNMS', ...)``.
+"""Suppression rules; in a config ``nms=dict(type='mmdet_softnms.SoftNMS', ...)``.
 
 A rule is a callable ``(boxes, scores, labels, max_num) -> (keep, scores)`` over the candidates of one image, with the
-shapes and the order of :func:`mmdet_softnms.soft_nms`. A new rule is one class here.
+shapes and the order of :func:`mmdet_softnms.soft_nms`. A new rule is one class here, registered in
+:mod:`mmdet_softnms.registry`. This module needs torch only, so that any framework can use the rules.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import soft_nms, weights
+from mmdet_softnms.ops import batched_soft_nms, soft_nms, weights
 from mmdet_softnms.ops._soft_nms import Method
-from mmdet_softnms.registry import TASK_UTILS
 
 
 class Rule(Protocol):
-    """What every rule offers."""
+    """What every rule offers.
+
+    Two attributes are optional. ``batch(boxes, scores, labels, max_num)`` takes a list with a tensor for each image and
+    returns a list of what the call returns. ``keeps_non_finite = True``: the rule wants to see candidates whose box or
+    score is not finite; other rules never meet one.
+    """
 
     params: dict[str, Any]  # what the rule was made with, for tables and files
 
@@ -24,9 +30,11 @@ class Rule(Protocol):
         """Select among (N, 4) ``xyxy`` boxes, (N,) scores and labels; max_num -1 means no limit."""
 
 
-@TASK_UTILS.register_module()
 class SoftNMS:
     """Soft-NMS (Bodla et al., ICCV 2017), class by class; the arguments are those of :func:`mmdet_softnms.soft_nms`.
+
+    Args:
+        class_agnostic: boxes of different classes suppress each other, too.
 
     Raises:
         TypeError, ValueError: a parameter is of the wrong type or out of range; at once, not at the first image.
@@ -39,30 +47,46 @@ class SoftNMS:
         sigma: float = 0.5,
         min_score: float = 1e-3,
         offset: float = 0,
+        class_agnostic: bool = False,
     ) -> None:
+        if not isinstance(class_agnostic, bool):
+            raise TypeError(f'class_agnostic must be True or False, got {class_agnostic!r}')
+        self._class_agnostic = class_agnostic
         self._arguments = dict(
             method=method, iou_threshold=iou_threshold, sigma=sigma, min_score=min_score, offset=offset
         )
         unused = weights.PARAMETERS.keys() - set(weights.get(method).parameters)
         self.params = {name: value for name, value in self._arguments.items() if name not in unused}
+        if class_agnostic:
+            self.params['class_agnostic'] = True
         self(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64), 0)  # checks the arguments
 
     def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, max_num: int) -> tuple[Tensor, Tensor]:
-        return soft_nms(boxes, scores, labels, max_num=max_num, **self._arguments)  # type: ignore[arg-type]
+        groups = None if self._class_agnostic else labels
+        return soft_nms(boxes, scores, groups, max_num=max_num, **self._arguments)  # type: ignore[arg-type]
+
+    def batch(
+        self, boxes: Sequence[Tensor], scores: Sequence[Tensor], labels: Sequence[Tensor], max_num: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Several images at once: the same bits as one call for each."""
+        if type(self).__call__ is not SoftNMS.__call__:  # a subclass with a rule of its own
+            return [self(*image, max_num) for image in zip(boxes, scores, labels, strict=True)]
+        groups = None if self._class_agnostic else labels
+        return batched_soft_nms(boxes, scores, groups, max_num=max_num, **self._arguments)
 
 
-@TASK_UTILS.register_module()
 class HardNMS(SoftNMS):
     """Greedy NMS with the same kernel: a box is removed if its IoU with a selected one of its class is > threshold."""
 
-    def __init__(self, iou_threshold: float = 0.5, offset: float = 0) -> None:
-        super().__init__(method='hard', iou_threshold=iou_threshold, min_score=0.0, offset=offset)
-        self.params = dict(iou_threshold=iou_threshold, offset=offset)
+    def __init__(self, iou_threshold: float = 0.5, offset: float = 0, class_agnostic: bool = False) -> None:
+        super().__init__('hard', iou_threshold, min_score=0.0, offset=offset, class_agnostic=class_agnostic)
+        del self.params['method'], self.params['min_score']
 
 
-@TASK_UTILS.register_module()
 class NoSuppression:
     """Keeps every candidate in input order, the first ``max_num`` of them: how raw candidates leave a live model."""
+
+    keeps_non_finite = True  # so that whoever collects candidates can refuse them
 
     def __init__(self) -> None:
         self.params: dict[str, Any] = {}
@@ -73,16 +97,16 @@ class NoSuppression:
         return keep, scores[keep]
 
 
-@TASK_UTILS.register_module()
 class MmcvNMS:
     """mmdet's own suppression, ``mmcv.ops.batched_nms``, class offset and all, as a rule over stored candidates.
 
     Args:
-        **nms_cfg: a stock ``test_cfg.rcnn.nms``, with ``nms_type`` for its ``type`` (``'nms'`` or ``'soft_nms'``).
+        nms_type: the ``type`` of a stock ``test_cfg.rcnn.nms``: ``'nms'``, ``'soft_nms'``, or a function of that kind.
+        **nms_cfg: the rest of it.
     """
 
-    def __init__(self, nms_type: str = 'nms', **nms_cfg: Any) -> None:
-        self.nms_type = nms_type
+    def __init__(self, nms_type: str | Callable[..., Any] = 'nms', **nms_cfg: Any) -> None:
+        self.nms_type: str = nms_type if isinstance(nms_type, str) else getattr(nms_type, '__name__', str(nms_type))
         self.params = dict(nms_cfg)
         self._nms_cfg = dict(type=nms_type, **nms_cfg)
 
@@ -95,32 +119,6 @@ class MmcvNMS:
         if max_num > 0:  # mmdet: 0 and -1 both mean no limit
             dets, keep = dets[:max_num], keep[:max_num]
         return keep, dets[:, -1]
-
-
-def is_stock(nms_cfg: dict[str, Any]) -> bool:
-    """Whether ``test_cfg.rcnn.nms`` is mmdet's own business: no type or an unscoped one (``'nms'``, ``'soft_nms'``)."""
-    kind = nms_cfg.get('type', 'nms')  # a class in mmengine's pure Python configs
-    return isinstance(kind, str) and '.' not in kind
-
-
-def build_rule(nms_cfg: dict[str, Any]) -> Rule:
-    """Build the rule that ``test_cfg.rcnn.nms`` names; stock types become :class:`MmcvNMS`.
-
-    Raises:
-        TypeError: an argument the rule does not have (often a key inherited from a base config: the message says how
-            to drop it).
-        KeyError: no rule of that name is registered.
-    """
-    nms_cfg = dict(nms_cfg)
-    if is_stock(nms_cfg):
-        return MmcvNMS(nms_cfg.pop('type', 'nms'), **nms_cfg)
-    try:
-        return TASK_UTILS.build(nms_cfg)
-    except TypeError as error:
-        raise TypeError(
-            f'test_cfg.rcnn.nms = {nms_cfg} does not fit its rule: {error}. Keys of the base config are merged in '
-            'unless the dict says _delete_=True.'
-        ) from error
 
 
 def describe(rule: Rule) -> str:

@@ -1,11 +1,15 @@
-"""Rules for the whole suite: which skips are allowed, and where the shared real data is."""
+"""Rules for the whole suite: which skips are allowed, which tests see a GPU, and where the shared real data is."""
 
+import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 SHARED = Path(__file__).parents[2] / 'shared'
-ALLOWED_SKIPS = ('no GPU: ', 'no shared data: ', 'no browser: ')
+ALLOWED_SKIPS = ('no GPU: ', 'no shared data: ', 'no browser: ', 'no /proc: ')
 
 
 @pytest.fixture(scope='session')
@@ -40,11 +44,31 @@ class _SkipGuard:
             terminalreporter.write_line(f'forbidden skip: {line}', red=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item) -> Generator[None, Any, Any]:
+    """Only tests marked ``gpu`` see a GPU; the others give the same numbers on every machine.
+
+    mmengine's Runner moves models to a GPU that is there, and what tests start as other programs does, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker('gpu') is None:
+            patch.setattr(torch.cuda, 'is_available', lambda: False)
+            patch.setenv('CUDA_VISIBLE_DEVICES', '')
+            if 'mmengine.device.utils' in sys.modules:  # it has looked when it was imported
+                patch.setattr(sys.modules['mmengine.device.utils'], 'DEVICE', 'cpu')
+        return (yield)
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """Modules that start processes come first: with several workers, none is left with them in the end."""
+    """Skip what needs a GPU where there is none. Modules that start processes come first, for several workers' sake."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='no GPU: CUDA is not available'))
     slow = ('test_tools', 'test_reevaluation', 'test_integration')
     items.sort(key=lambda item: not any(name in item.nodeid for name in slow))
 
 
 def pytest_configure(config) -> None:
+    config.addinivalue_line('markers', 'gpu: needs a CUDA device; all other tests run as if there were none')
     config.pluginmanager.register(_SkipGuard(), 'skip-guard')

@@ -11,7 +11,8 @@ PACKAGE = 'mmdet_softnms'
 #: From the lowest layer up; one layer a line, without the package's name. A name stands for itself and all inside it,
 #: unless a longer one is listed too. Modules of one line may import one another, but not in a circle.
 LAYERS = """
-files
+files yaml_file
+locate
 ops.weights
 ops._arguments
 ops._reference ops._cpu ops._triton ops._triton_kernels
@@ -20,8 +21,8 @@ ops._operator
 ops._soft_nms
 ops._batch
 ops .
-registry
 rules
+registry
 post_process
 checkpoint export
 models detectron2

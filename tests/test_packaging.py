@@ -11,8 +11,10 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
 
 import mmdet_softnms
+from mmdet_softnms.cli.arguments import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,11 +89,41 @@ def test_metadata_forces_no_stack(built):
     assert metadata['Version'] == mmdet_softnms.__version__
     assert metadata['Requires-Python'] == '>=3.10'
     required = [line for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line]
-    assert {line.split('>')[0] for line in required} == {
-        'torch', 'numpy', 'numba', 'rich', 'pyarrow', 'faster-coco-eval', 'matplotlib', 'jinja2', 'filelock'
-    }  # fmt: skip
+    assert {line.split('>')[0] for line in required} == {'torch', 'numpy', 'numba'}
+    for extra, names in EXTRAS.items():  # what a command looks for, and what its extra brings
+        brought = [line.split('>')[0] for line in metadata.get_all('Requires-Dist') if f"extra == '{extra}'" in line]
+        assert {name.replace('-', '_') for name in brought} == set(names)
     stack = re.compile('mmdet|mmcv|mmengine|openmim|onedl', re.IGNORECASE)
     assert not [line for line in metadata.get_all('Requires-Dist') if stack.search(line)]  # nor in an extra
+
+
+def test_versions_are_in_one_place():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert str(citation['version']) == mmdet_softnms.__version__
+    assert citation['authors'] == [{'name': 'mmdet_softnms contributors'}]
+    pinned = dict(re.findall(r'^([\w-]+)==([\w.]+)', (ROOT / 'tools/constraints.txt').read_text(), re.MULTILINE))
+    files = ['.pre-commit-config.yaml', '.ci/run', '.github/workflows/ci.yml', 'pyproject.toml', 'CONTRIBUTING.md']
+    files += [str(path.relative_to(ROOT)) for path in (ROOT / 'tools').glob('*.sh')]
+    for name in files:
+        for package, version in re.findall(r'\b([\w-]+)==(\d[\w.]*)', (ROOT / name).read_text()):
+            assert pinned.get(package, version) == version, f'{name} has {package} {version}'
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
+    assert [one['repo'] for one in hooks] == ['local']  # no versions of its own
+    checks = (ROOT / '.ci/run').read_text()
+    assert all(hook['entry'].replace(' --force-exclude', '') in checks for one in hooks for hook in one['hooks'])
+    assert '.ci/run' in (ROOT / '.github/workflows/ci.yml').read_text()
+
+
+def test_forms_and_workflows_can_be_read():
+    forms = sorted((ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'))
+    assert [form.stem for form in forms] == ['bug_report', 'rule_request', 'wrong_number']
+    for form in forms:
+        content = yaml.safe_load(form.read_text())
+        assert {'name', 'description', 'body'} <= set(content)
+        assert all(field['attributes']['label'] for field in content['body'])
+    asked = {field['id'] for field in yaml.safe_load(forms[-1].read_text())['body']}
+    assert {'command', 'config', 'result'} <= asked
+    assert yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())['jobs']
 
 
 def _python(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
@@ -119,7 +151,8 @@ keep, scores = soft_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), method='linear')
 assert keep.tolist() == [0, 2, 1], keep
 assert abs(float(scores[2]) - 0.08) < 1e-6
 """,
-        'mmdet', 'mmcv', 'mmengine', 'pycocotools', 'cv2', 'rich', 'matplotlib', 'yaml', 'ensemble_boxes',
+        'mmdet', 'mmcv', 'mmengine', 'pycocotools', 'cv2', 'yaml', 'ensemble_boxes',
+        *EXTRAS['reevaluate'], *EXTRAS['export'],
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -155,7 +188,7 @@ assert ps_roi_pool(torch.ones(1, 49, 4, 4), torch.tensor([[0.0, 0, 0, 63, 63]]))
     ],
 )
 def test_a_missing_stack_is_one_clear_sentence(blocked, words):
-    result = _python('import mmdet_softnms.registry', blocked)
+    result = _python('from mmdet_softnms.registry import require_mmdet; require_mmdet()', blocked)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and last.startswith('ImportError: '), last
     assert words in last and f'No module named {blocked!r}' in last, last

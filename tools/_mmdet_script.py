@@ -18,15 +18,21 @@ def run(name: str) -> None:
     One flag is ours: ``--trust-checkpoint`` unpickles checkpoints that hold more than zoo checkpoints do.
 
     Raises:
-        SystemExit: with one line, if mmdet, a config or a checkpoint cannot be used.
+        SystemExit: with one line, if mmdet, a config or a checkpoint cannot be used: the one that is named, or one
+            that the Runner loads by the config.
     """
     try:
-        import mmdet_softnms.registry  # noqa: F401  # says in one sentence what is wrong with an installation
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     import mmdet
 
-    from mmdet_softnms.checkpoint import CheckpointError, allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.files import CheckpointError, ReevaluationError
+    from mmdet_softnms.locate import local_config, read_config
+    from mmdet_softnms.models.places import check_places
 
     package = Path(mmdet.__file__).parent
     candidates = [package / '.mim' / 'tools' / name, package.parent / 'tools' / name]
@@ -35,20 +41,20 @@ def run(name: str) -> None:
         sys.exit(f'error: this mmdet carries no tools/{name} (looked in {candidates[0].parent}); reinstall its wheel')
 
     trust = TRUST_FLAG in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != TRUST_FLAG]
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith('-') and '=' not in argument]
-    for path in paths:
-        if path.endswith('.py') and not Path(path).is_file():
-            sys.exit(f'error: config {path} does not exist')
-    if trust:
-        allow_unsafe_loading()
-    else:
-        forbid_unsafe_loading()
+    sys.argv = [str(script), *(argument for argument in sys.argv[1:] if argument != TRUST_FLAG)]
+    args = runpy.run_path(str(script), run_name='parse_only')['parse_args']()
+    allow_unsafe_loading() if trust else forbid_unsafe_loading()
+    try:
+        # Its name, not its content, so that the script reads it as ever.
+        sys.argv = [local_config(args.config) if argument == args.config else argument for argument in sys.argv]
+        checkpoint = getattr(args, 'checkpoint', None) or getattr(args, 'resume', None)
+        if checkpoint not in (None, 'auto') and not trust:
+            load_checkpoint(checkpoint)  # before anything slow
+        cfg = read_config(args.config, args.cfg_options)
         try:
-            for path in paths:
-                if path.endswith('.pth'):
-                    load_checkpoint(path)
-        except CheckpointError as error:
+            check_places(cfg)
+        except ValueError as error:
             sys.exit(f'error: {error}')
-    sys.argv[0] = str(script)
-    runpy.run_path(str(script), run_name='__main__')
+        runpy.run_path(str(script), run_name='__main__')
+    except (CheckpointError, ReevaluationError) as error:
+        sys.exit(f'error: {error}')

@@ -176,7 +176,7 @@ build_mmcv() (
 )
 
 install_packages() {
-  pip_install "${STACK_PACKAGES[@]}" "$MMCV" "${BUILD_TOOLS[@]}" --editable '.[bench]' || return
+  pip_install "${STACK_PACKAGES[@]}" "$MMCV" "${BUILD_TOOLS[@]}" --editable '.[reevaluate,bench]' || return
   # mmcv asks for the OpenCV with windows, which needs libGL; a server without it gets the one without windows instead.
   "$VENV/bin/python" -c 'import cv2' ||
     pip_install --force-reinstall --no-deps opencv-python-headless

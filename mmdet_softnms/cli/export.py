@@ -10,21 +10,25 @@ In: what the box head gives for one image, mmdet's raw results: ``boxes`` (R, 4K
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
+from mmdet_softnms.files import ReevaluationError
 
-def parse_args() -> argparse.Namespace:
+
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Command line, in mmdet's style."""
-    from mmengine.config import DictAction
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='mmdet config of a two-stage detector')
     parser.add_argument('out', help='file to write')
-    parser.add_argument('--num-rois', type=int, help='fix R and every other shape; results are padded to max_per_img')
+    parser.add_argument(
+        '--num-rois', type=at_least(1), help='fix R and every other shape; results are padded to max_per_img'
+    )
     parser.add_argument('--opset', type=int, default=17, help='of the standard operators (%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
-    return parser.parse_args()
+    add_cfg_options(parser)
+    return parser.parse_args(arguments)
 
 
 _PERFORMANCE_ONLY = ('split_thr',)  # of mmcv's batched_nms: from how many candidates on it goes class by class
@@ -37,11 +41,22 @@ def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
         ExportError: a stock rule with an argument that no rule here has.
     """
     from mmdet_softnms.export import ExportError
-    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS, build_rule
+    from mmdet_softnms.registry import build_rule
+    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
 
     rule = build_rule(cfg.model.test_cfg.rcnn.nms)
     if not isinstance(rule, MmcvNMS):
+        if type(rule).__call__ is not SoftNMS.__call__:
+            raise ExportError(
+                f'{type(rule).__module__}.{type(rule).__name__} selects in its own way, which the exported graph '
+                'cannot express; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in test_cfg.rcnn.nms'
+            )
         return rule, []
+    if rule.nms_type not in ('nms', 'soft_nms'):
+        raise ExportError(
+            f'test_cfg.rcnn.nms is {rule.nms_type}, which the exported graph cannot express; use mmdet_softnms.SoftNMS '
+            'or mmdet_softnms.HardNMS'
+        )
     arguments = {name: value for name, value in rule.params.items() if name not in _PERFORMANCE_ONLY}
     known = ['iou_threshold', 'offset', *(['method', 'sigma', 'min_score'] if rule.nms_type == 'soft_nms' else [])]
     if unknown := {name: value for name, value in arguments.items() if name not in known and value}:
@@ -64,46 +79,42 @@ def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Export, check, write, compare."""
-    from mmengine.config import Config
-
     from mmdet_softnms.export import ExportError, post_process_to_onnx
     from mmdet_softnms.files import write_whole
+    from mmdet_softnms.locate import read_config
 
-    if not Path(args.config).is_file():
-        raise ExportError(f'config {args.config} does not exist')
-    try:
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program: whatever it raises is about the config
-        raise ExportError(f'config {args.config} cannot be read: {type(error).__name__}: {error}') from error
+    cfg = read_config(args.config, args.cfg_options)
     try:
         head, rcnn = cfg.model.roi_head.bbox_head, cfg.model.test_cfg.rcnn
         head = head[-1] if isinstance(head, list) else head  # the last stage of a cascade
         num_classes, class_agnostic = head.num_classes, bool(head.get('reg_class_agnostic', False))
         rule, remarks = exported_rule(cfg)
+    except ExportError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f'{args.config} has no two-stage post-processing that can be exported ({type(error).__name__}: {error})'
         ) from error
+    max_per_img = rcnn.max_per_img if rcnn.max_per_img > 0 else -1  # mmdet: 0 and -1 both mean no limit
     model = post_process_to_onnx(
         rule,
         num_classes,
         rcnn.score_thr,
-        rcnn.max_per_img,
+        max_per_img,
         class_agnostic=class_agnostic,
         num_rois=args.num_rois,
         opset=args.opset,
     )
     content = model.SerializeToString()
     num_rois = args.num_rois or 300
-    compared = compare(content, rule, num_classes, rcnn.score_thr, rcnn.max_per_img, class_agnostic, num_rois)
+    compared = compare(content, rule, num_classes, rcnn.score_thr, max_per_img, class_agnostic, num_rois)
     write_whole(Path(args.out), content)  # only what has been run, where it can be
     for remark in remarks:
         print(f'note: {remark}')
     print(
         f'written: {args.out}, {len(content):,} bytes, opset {args.opset}: {type(rule).__name__} {rule.params}, '
         f'{num_classes} classes{", class-agnostic boxes" if class_agnostic else ""}, score_thr {rcnn.score_thr:g}, '
-        f'max_per_img {rcnn.max_per_img}'
+        f'max_per_img {max_per_img}'
     )
     print(compared)
 
@@ -137,15 +148,16 @@ def compare(
     return f'onnxruntime {onnxruntime.__version__}: the same {len(labels)} detections, largest difference {largest:.1e}'
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run; one clear line and a non-zero exit status for bad input."""
+    args = parse_args(arguments, prog)
+    require('export')
     try:
         from mmdet_softnms.export import ExportError
     except ImportError as error:
-        if error.name == 'onnx':
-            sys.exit("error: onnx is not installed; pip install 'mmdet_softnms[export]'")
         sys.exit(f'error: {error}')
+    args.cfg_options = config_options(args.cfg_options)
     try:
-        run(parse_args())
-    except (ExportError, OSError) as error:
+        run(args)
+    except (ExportError, ReevaluationError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -17,15 +17,19 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.scoring.grid import read_spec
 
-def parse_args() -> argparse.Namespace:
+
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Command line, in mmdet's style."""
-    from mmengine.config import DictAction
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='mmdet config')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('--work-dir', help='for results, candidates and logs; default: work_dirs/NAME_OF_CONFIG')
@@ -33,10 +37,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--max-per-img', type=int, default=100, help='shared by the rows of the table (%(default)s)')
     parser.add_argument('--min-score', type=float, default=1e-3, help='of the soft rules (%(default)s)')
     parser.add_argument(
+        '--class-agnostic', action='store_true', help='boxes of different classes suppress each other, in every row'
+    )
+    parser.add_argument(
         '--sweep',
         nargs='+',
         action='extend',
         default=[],
+        type=sweep,
         metavar='GRID',
         help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES: '
         'first:last:step or a list with commas',
@@ -48,8 +56,8 @@ def parse_args() -> argparse.Namespace:
         choices=['AP', 'AP50', 'AP75'],
         help='choose a setting by this metric (AP), and say what the choice is worth on images it was not tuned on',
     )
-    parser.add_argument('--folds', type=int, default=5, help='of --select without a tuning split (%(default)s)')
-    parser.add_argument('--resamples', type=int, default=1000, help='of the bootstrap of --select (%(default)s)')
+    parser.add_argument('--folds', type=at_least(2), default=5, help='of --select without a tuning split (%(default)s)')
+    parser.add_argument('--resamples', type=at_least(1), default=1000, help='of its bootstrap (%(default)s)')
     parser.add_argument(
         '--tune-on',
         choices=['auto', 'val', 'folds'],
@@ -57,16 +65,35 @@ def parse_args() -> argparse.Namespace:
         help="of --select: the config's val_dataloader, or k-fold over the test set; auto: val if it is another split",
     )
     parser.add_argument('--store', help='candidates made elsewhere (a folder DIR/candidates/...), taken as they are')
-    parser.add_argument('--processes', type=int, help='for sweeps; default: one a core where it is worth it')
+    parser.add_argument('--processes', type=at_least(1), help='for sweeps; default: one a core where it is worth it')
     parser.add_argument(
         '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
+    add_cfg_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if not 0 <= args.score_thr < 1:
+        parser.error(f'--score-thr: score_thr must be in [0, 1), got {args.score_thr:g}')
+    if not 0 <= args.min_score <= 1:
+        parser.error(f'--min-score: min_score must be in [0, 1], got {args.min_score:g}')
+    if args.max_per_img < -1:
+        parser.error(f'--max-per-img: max_per_img must be at least 1, or 0 or -1 for no limit, got {args.max_per_img}')
+    given = sys.argv[1:] if arguments is None else arguments
+    args.command = [*(prog or 'python tools/reevaluate.py').split(), *given]
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
+
+
+def sweep(text: str) -> str:
+    """A grid as it was given, if it can be read; whether the rule exists is seen later."""
+    try:
+        read = read_spec(text)
+    except ReevaluationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(read, Path) and not read.is_file():
+        raise argparse.ArgumentTypeError(f'sweep file {text} does not exist')
+    return text
 
 
 class Display:
@@ -88,7 +115,7 @@ class Display:
         )
 
         self._bars = Progress(
-            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn('left'), TimeRemainingColumn(), auto_refresh=False,
         )  # fmt: skip
         self._group, self._sweep = Group, sweep
@@ -108,8 +135,10 @@ class Display:
             self._console.print()
 
     def say(self, line: str) -> None:
-        """Print a line above the bars."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        """Print a line above the bars, as it is: a path in it may look like markup."""
+        from rich.text import Text
+
+        self._console.print(Text(line), soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Move a bar."""
@@ -133,111 +162,84 @@ class Display:
 
 def run(args: argparse.Namespace) -> None:
     """Re-evaluate, print the table, write the files."""
-    from mmengine.config import Config
     from mmengine.dist import is_main_process
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
-    from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.locate import read_config
     from mmdet_softnms.reevaluation.candidates.forward import start_processes
-    from mmdet_softnms.reevaluation.choice.plan import plan_choice
-    from mmdet_softnms.reevaluation.choice.selection import choose
-    from mmdet_softnms.reevaluation.run import only_run_in, reevaluate
-    from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP
+    from mmdet_softnms.reevaluation.request import Listener, Request
+    from mmdet_softnms.reevaluation.run import reevaluate
 
-    if not Path(args.config).is_file():
-        raise ReevaluationError(f'config {args.config} does not exist')
-    try:
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program: whatever it raises is about the config
-        raise ReevaluationError(f'config {args.config} cannot be read: {type(error).__name__}: {error}') from error
-    if args.processes is not None and args.processes < 1:
-        raise ReevaluationError(f'--processes must be at least 1, got {args.processes}')
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
     allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
     load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # before anything slow
-    cfg.launcher = args.launcher
     work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
-    sweep = args.sweep or (DEFAULT_SWEEP if args.select else ())
+    asked = {one.name: getattr(args, one.name) for one in fields(Request) if one.init and hasattr(args, one.name)}
+    request = Request(cfg, **asked | dict(work_dir=work_dir))
     start_processes(args.launcher)
-    lock = only_run_in(work_dir) if is_main_process() else None
-
-    with Display(sweep=bool(sweep), quiet=not is_main_process()) as display:
-        plan = None
-        if args.select and is_main_process():  # before anything slow
-            plan = plan_choice(
-                cfg,
-                criterion=args.select,
-                num_folds=args.folds,
-                resamples=args.resamples,
-                tune_on=args.tune_on,
-                check_images=not args.store,
-                say=display.say,
-            )
-        result = reevaluate(
-            cfg,
-            args.checkpoint,
-            work_dir=work_dir,
-            score_thr=args.score_thr,
-            max_per_img=args.max_per_img,
-            min_score=args.min_score,
-            sweep=sweep,
-            store=args.store,
-            processes=args.processes,
-            trust_checkpoint=args.trust_checkpoint,
-            progress=display.progress,
-            on_row=display.on_row,
-            say=display.say,
+    with Display(sweep=bool(request.sweep), quiet=not is_main_process()) as display:
+        reevaluate(
+            request,
+            Listener(display.progress, display.on_row, display.say),
+            lambda result, selection: write(args, request, result, selection, display),
         )
-        if result is None:  # not the main process
-            return
-        selection = None
-        if plan is not None:
-            selection = choose(
-                result,
-                plan,
-                args.checkpoint,
-                work_dir,
-                processes=args.processes,
-                trust_checkpoint=args.trust_checkpoint,
-                progress=display.progress,
-                say=display.say,
-            )
-    write(args, cfg, result, selection, work_dir)
-    if lock is not None:
-        lock.release()
 
 
-def write(args: argparse.Namespace, cfg: Any, result: Any, selection: Any, work_dir: Path) -> None:
+def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, display: Display) -> None:
     """Everything a reader gets: the table on the screen, the JSON, the report."""
     from rich.console import Console
 
     from mmdet_softnms import __version__
-    from mmdet_softnms.files import sha256, write_json
+    from mmdet_softnms.files import write_json
     from mmdet_softnms.reevaluation.report.page import write_report
     from mmdet_softnms.reevaluation.report.table import selection_text, to_table
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
 
+    display.live.stop()  # the table is printed below the bars
+    work_dir = request.work_dir
     content = {
         'config': args.config,
         'checkpoint': args.checkpoint,
-        'checkpoint_sha256': sha256(args.checkpoint),
         'version': __version__,
         **result.to_dict(),
     }
     chosen = ''
     if selection is not None:
         content['selection'] = selection.to_dict()
-        chosen = selection_text(selection, result, cfg)
+        chosen = selection_text(selection, result, request.cfg)
     write_json(work_dir / 'reevaluation.json', content)
     out = Console()
     Console(width=max(out.width, 200)).print(to_table(result, selection))
     if chosen:
         print(chosen)
-    command = shlex.join(['python', 'tools/reevaluate.py', *sys.argv[1:]])
+    command = shlex.join(args.command)
     title = Path(args.config).stem
     pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
     forget_partial(work_dir)
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
+
+
+def _run(args: argparse.Namespace) -> None:
+    """:func:`run`; what a signal raised ends it even where mmengine made another error of it.
+
+    Its Runner writes the config into the log, and calls a SyntaxError whatever is raised meanwhile.
+    """
+    try:
+        run(args)
+    except Exception as error:
+        stopped: BaseException | None = error
+        while stopped is not None and not isinstance(stopped, (KeyboardInterrupt, SystemExit)):
+            stopped = stopped.__context__
+        if stopped is None:
+            raise
+        raise stopped from None
+
+
+def _listen_to_scheduler() -> None:
+    """SIGTERM ends this process by an exception, and a process that it forks (mmdet's VOC evaluation) as ever."""
+    signal.signal(signal.SIGTERM, _terminated)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -245,20 +247,23 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit('terminated: earlier results are intact; run again, and finished shards and rows are taken up')
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
+    args = parse_args(arguments, prog)
+    require('reevaluate')
     try:
-        from mmdet_softnms.registry import MODELS  # noqa: F401
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError
-    from mmdet_softnms.files import ReevaluationError
 
-    args = parse_args()
-    signal.signal(signal.SIGTERM, _terminated)
+    args.cfg_options = config_options(args.cfg_options)
+    _listen_to_scheduler()
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
-        run(args)
+        _run(args)
     except (ReevaluationError, CheckpointError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:

@@ -19,7 +19,9 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, config_options, require
 
 # A clone, or where a wheel carries the configs (pyproject.toml: .mim).
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -28,18 +30,9 @@ PROJECT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
 STATUS = {'pass': 0, 'fail': 1, 'not comparable': 2}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Leaves exit status 2, argparse's own for a wrong command line, to what the head of this file says."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f'{self.format_usage()}error: {message}\n')
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Command line, in mmdet's style."""
-    from mmengine.config import DictAction
-
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', nargs='?', help='a model of the metafiles; --list prints all')
     parser.add_argument('--list', action='store_true', help='print every model with what is published, and its source')
     parser.add_argument('--dry-run', action='store_true', help='check config, data and weights; run no network')
@@ -47,7 +40,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--data-root', help="instead of the config's test_dataloader.dataset.data_root")
     parser.add_argument('--work-dir', help='for reproduction.json and logs; default: work_dirs/reproduce/NAME')
     parser.add_argument('--metafile', help='a metafile or model index of your own; default: that of the project')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides, key=value')
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
+    )
+    add_cfg_options(parser)
     args = parser.parse_args(arguments)
     if (args.name is None) != args.list:
         parser.error('give the NAME of a model, or --list')
@@ -58,6 +54,7 @@ def print_list(models: dict[str, Any]) -> None:
     """Every model with what is published for it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(caption='tolerance in points; -: not comparable, see the metafile', caption_justify='left')
     for column in ('name', 'row', 'metric', 'published %', 'tolerance', 'split', 'source'):
@@ -66,22 +63,22 @@ def print_list(models: dict[str, Any]) -> None:
         for number, one in enumerate(model.published):
             tolerance = '-' if one.tolerance is None else f'{one.tolerance:g}'
             name = model.name if number == 0 else ''
-            table.add_row(name, one.row_label, one.metric, f'{one.value:g}', tolerance, one.split, one.source)
+            cells = (name, one.row_label, one.metric, f'{one.value:g}', tolerance, one.split, one.source)
+            table.add_row(*map(Text, cells))  # as it is: what a metafile holds may look like markup
         if not model.published:
-            table.add_row(model.name, '', '', '', '-', model.split.name, f'no published number: {model.unpublished}')
+            cells = (model.name, '', '', '', '-', model.split.name, f'no published number: {model.unpublished}')
+            table.add_row(*map(Text, cells))
     console = Console()
     Console(width=max(console.width, 180)).print(table)
 
 
 def load_config(model: Any, args: argparse.Namespace) -> Any:
     """The model's config with the settings of the published number, the data root, and the user's options."""
-    from mmengine.config import Config
-
     from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.locate import read_config
 
+    cfg = read_config(model.config, model.options)
     try:
-        cfg = Config.fromfile(model.config)
-        cfg.merge_from_dict(model.options)
         if args.data_root:
             root, old = f'{args.data_root.rstrip("/")}/', cfg.test_dataloader.dataset.data_root
             cfg.test_dataloader.dataset.data_root = root
@@ -96,11 +93,13 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
     return cfg
 
 
-def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
+def measure(cfg: Any, checkpoint: Path, work_dir: Path, trust_checkpoint: bool = False) -> Any:
     """Re-evaluate, with a progress bar drawn from this thread: mmdet's VOC evaluation forks."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
+    from mmdet_softnms.reevaluation.request import Listener, Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
     bar = Progress(console=Console(stderr=True), auto_refresh=False)
@@ -110,24 +109,30 @@ def measure(cfg: Any, checkpoint: Path, work_dir: Path) -> Any:
     def progress(what: str, done: int, total: int) -> None:
         nonlocal drawn
         if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
+            tasks[what] = bar.add_task(escape(what), total=total)
         bar.update(tasks[what], completed=done)
         if done == total or time.monotonic() - drawn > 0.1:
             bar.refresh()
             drawn = time.monotonic()
 
     with bar:
-        return reevaluate(cfg, checkpoint, work_dir=work_dir, progress=progress)
+        request = Request(cfg, checkpoint, work_dir, trust_checkpoint=trust_checkpoint)
+        return reevaluate(request, Listener(progress))
 
 
 def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
     """Published beside measured, in %; below it, why one of them does not compare where others do."""
     from rich.table import Table
+    from rich.text import Text
 
     notes = dict.fromkeys(one.reason for one in comparisons if one.verdict == 'not comparable')
     if all(one.verdict == 'not comparable' for one in comparisons):
         notes = {}  # the verdict says it
-    table = Table(title=f'{model.name} on {model.split.name}', caption='\n'.join(notes), caption_justify='left')
+    table = Table(
+        title=Text(f'{model.name} on {model.split.name}', 'table.title'),
+        caption=Text('\n'.join(notes), 'table.caption'),
+        caption_justify='left',
+    )
     for column in ('row', 'metric', 'published', 'measured', 'difference', 'tolerance', 'verdict'):
         table.add_column(column, no_wrap=True)
     for one in comparisons:
@@ -135,7 +140,7 @@ def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
         numbers = [published.value, one.measured, one.difference, published.tolerance]
         formats = ('{:g}', '{:.2f}', '{:+.2f}', '{:g}')
         cells = ['-' if number is None else text.format(number) for text, number in zip(formats, numbers, strict=True)]
-        table.add_row(published.row_label, published.metric, *cells, one.verdict)
+        table.add_row(*map(Text, (published.row_label, published.metric, *cells, one.verdict)))
     return table
 
 
@@ -156,7 +161,12 @@ def run(args: argparse.Namespace) -> int:
     """Check, measure, compare, write; the exit status."""
     from rich.console import Console
 
-    from mmdet_softnms.checkpoint import CheckpointError, forbid_unsafe_loading
+    from mmdet_softnms.checkpoint import (
+        CheckpointError,
+        allow_unsafe_loading,
+        forbid_unsafe_loading,
+        local_checkpoint,
+    )
     from mmdet_softnms.files import ReevaluationError, sha256, write_json
     from mmdet_softnms.reevaluation import reproduction
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
@@ -171,8 +181,8 @@ def run(args: argparse.Namespace) -> int:
         hint = f'did you mean {" or ".join(similar)}? ' if similar else ''
         raise ReevaluationError(f'no model {args.name} in {index.name}; {hint}--list prints all names')
     model = models[args.name]
-    checkpoint = Path(args.weights) if args.weights else model.weights.place
-    forbid_unsafe_loading()
+    checkpoint = model.weights.place
+    allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
 
     cfg = load_config(model, args)
     caveats = [reproduction.check_options(args.cfg_options)]
@@ -182,11 +192,13 @@ def run(args: argparse.Namespace) -> int:
     except ReevaluationError as error:
         problems.append(str(error))
     try:
+        if args.weights:
+            checkpoint = local_checkpoint(args.weights, trust=args.trust_checkpoint)
         if checkpoint is None:
             raise ReevaluationError(f'there is no checkpoint of {model.name} to fetch: {model.weights.fetch}')
         caveats.append(reproduction.check_checksum(checkpoint, model.weights))
         if args.dry_run:
-            reproduction.check_model(cfg, checkpoint)
+            reproduction.check_model(cfg, checkpoint, trust=args.trust_checkpoint)
     except (ReevaluationError, CheckpointError) as error:
         problems.append(str(error))
     if problems or checkpoint is None:
@@ -206,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
         return STATUS['not comparable']
 
     work_dir = Path(args.work_dir or Path('work_dirs/reproduce') / model.name)
-    result = measure(cfg, checkpoint, work_dir)
+    result = measure(cfg, checkpoint, work_dir, args.trust_checkpoint)
     comparisons = reproduction.compare(model, result.rows, caveats)
     verdict, reason = reproduction.overall(model, comparisons)
     content = {
@@ -234,16 +246,20 @@ def run(args: argparse.Namespace) -> int:
     return STATUS[verdict]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run; one clear line for each thing that is missing or wrong, nothing half-written ever."""
+    args = parse_args(arguments, prog)
+    require('reevaluate')
     try:
-        from mmdet_softnms.registry import MODELS  # noqa: F401
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
     except ImportError as error:
         sys.exit(f'error: {error}')
     from mmdet_softnms.checkpoint import CheckpointError
     from mmdet_softnms.files import ReevaluationError
 
-    args = parse_args(arguments)
+    args.cfg_options = config_options(args.cfg_options)
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
         return run(args)

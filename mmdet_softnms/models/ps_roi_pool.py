@@ -93,7 +93,7 @@ def _check(
     maps: Tensor, rois: Tensor, output_size: int, kind: str, offsets: Tensor | None
 ) -> tuple[int, int, int, int]:
     if kind not in KINDS:
-        raise ValueError(f'kind {kind!r} is none of {", ".join(KINDS)}')
+        raise ValueError(f'kind {kind!r} is not one of {", ".join(KINDS)}')
     if maps.dim() != 4 or not maps.is_floating_point() or 0 in maps.shape[2:]:
         raise ValueError(f'maps must be floating point (N, C * P * P, H, W), got {maps.dtype} {tuple(maps.shape)}')
     images, channels, height, width = maps.shape

@@ -9,6 +9,7 @@ Glossary: N images, K classes, P bins a side, H x W pixels of a map, R RoIs of t
 
 from typing import Any
 
+import mmdet.registry
 import torch
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads import StandardRoIHead
@@ -69,7 +70,7 @@ class RFCNBBoxHead(BBoxHead):
         **kwargs: Any,
     ) -> None:
         if pooling not in KINDS:
-            raise ValueError(f'pooling {pooling!r} is none of {", ".join(KINDS)}')
+            raise ValueError(f'pooling {pooling!r} is not one of {", ".join(KINDS)}')
         if not reg_class_agnostic:
             raise ValueError('reg_class_agnostic=False: R-FCN regresses one box for all classes')
         if ohem is not None and (ohem < 1 or reg_decoded_bbox):
@@ -201,7 +202,7 @@ class RFCNRoIHead(SoftNMSMixin, StandardRoIHead):
         """Build the bbox head."""
         if bbox_roi_extractor is not None:
             raise ValueError('RFCNRoIHead takes no bbox_roi_extractor: set it to None, the bbox head pools score maps')
-        self.bbox_head = MODELS.build(bbox_head)
+        self.bbox_head = mmdet.registry.MODELS.build(bbox_head)  # unscoped names are mmdet's
         if not isinstance(self.bbox_head, RFCNBBoxHead):
             raise ValueError(f'RFCNRoIHead needs an RFCNBBoxHead, not {type(self.bbox_head).__name__}')
 

@@ -6,18 +6,23 @@ unscoped ``nms.type`` is left to mmdet, so the same head is its own baseline.
 """
 
 import copy
+import functools
 import inspect
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from mmdet.models.roi_heads import CascadeRoIHead, DoubleHeadRoIHead, StandardRoIHead
+import mmdet.registry
+from mmdet.models import roi_heads as mmdets
+from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, DoubleHeadRoIHead, StandardRoIHead, TridentRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet_softnms.post_process import post_process
-from mmdet_softnms.registry import MODELS
-from mmdet_softnms.rules import Rule, build_rule, is_stock
+from mmdet_softnms.registry import MODELS, build_rule, is_stock, resolve
+from mmdet_softnms.rules import Rule
 
 
 class SoftNMSMixin:
@@ -26,9 +31,11 @@ class SoftNMSMixin:
     The head must follow mmdet's contract: ``predict_bbox(..., rcnn_test_cfg=None)`` returns every RoI's boxes (R, 4K)
     or (R, 4) and scores (R, K+1).
 
+    Candidates whose box or score is not finite are dropped; the head warns of the first ones.
+
     Raises:
-        TypeError: an argument belongs to another RoI head (Grid, Trident, MultiInstance, Sparse R-CNN, ...), or the
-            bbox head post-processes in its own way (SABL), so that raw results would lose something.
+        TypeError: an argument belongs to another RoI head (Grid, Trident, MultiInstance, Sparse R-CNN, ...) or is
+            missing, or the bbox head post-processes in its own way (SABL), so that raw results would lose something.
         KeyError, TypeError, ValueError: ``test_cfg.nms`` names no registered rule or does not fit it.
     """
 
@@ -36,12 +43,20 @@ class SoftNMSMixin:
     bbox_head: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_foreign_arguments(type(self), kwargs)
+        if not args:
+            check_arguments(type(self), set(kwargs))
         super().__init__(*args, **kwargs)
         _refuse_foreign_bbox_heads(type(self), self.bbox_head)
         self._nms_cfg: ConfigDict | None = None
         self._rule: Rule | None = None
-        self._rule_of(self.test_cfg)  # what is wrong with it is said now, not at the first image
+        self._warned = False
+        if self.test_cfg is not None:
+            if missing := [name for name in ('score_thr', 'nms', 'max_per_img') if name not in self.test_cfg]:
+                raise TypeError(
+                    f'{type(self).__name__} finds no {", ".join(missing)} in its test_cfg: model.test_cfg.rcnn has to '
+                    "hold score_thr, max_per_img and nms=dict(type='mmdet_softnms.SoftNMS')"
+                )
+            self._rule_of(self.test_cfg)  # what is wrong with it is said now, not at the first image
 
     def predict_bbox(
         self,
@@ -67,10 +82,28 @@ class SoftNMSMixin:
         )
         if rule is None or rcnn_test_cfg is None:
             return results
-        return [
-            post_process(raw.bboxes, raw.scores, rule, rcnn_test_cfg.score_thr, rcnn_test_cfg.max_per_img)
-            for raw in results
-        ]
+        images = post_process(
+            [raw.bboxes for raw in results],
+            [raw.scores for raw in results],
+            rule,
+            rcnn_test_cfg.score_thr,
+            rcnn_test_cfg.max_per_img,
+            functools.partial(self._warn, batch_img_metas),
+        )
+        return [InstanceData(**image._asdict()) for image in images]
+
+    def _warn(self, batch_img_metas: list[dict[str, Any]], dropped: Sequence[int]) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        meta = next(meta for meta, count in zip(batch_img_metas, dropped, strict=True) if count)
+        warnings.warn(
+            f'{type(self).__name__} dropped {sum(dropped)} candidates whose box or score is not finite, or whose area '
+            f'overflows, first on image {meta.get("img_path") or meta.get("img_id")}: the network diverged in '
+            'training, or ran out of the range of its floating type. More of them are dropped without a word.',
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _rule_of(self, rcnn_test_cfg: ConfigDict | None) -> Rule | None:
         """The rule of ``rcnn_test_cfg.nms``; None where the suppression is mmdet's own business.
@@ -88,7 +121,21 @@ class SoftNMSMixin:
 
 @MODELS.register_module()
 class SoftNMSRoIHead(SoftNMSMixin, StandardRoIHead):
-    """mmdet's ``StandardRoIHead`` (Fast, Faster, Mask R-CNN) with suppression by rule."""
+    """mmdet's ``StandardRoIHead`` (Fast, Faster, Mask R-CNN) with suppression by rule, or another RoI head with it.
+
+    Args:
+        head: the name or class of another RoI head of the same contract (``'DynamicRoIHead'``, ``'mypackage.MyHead'``);
+            the result is that head, of class :func:`with_rules` of it.
+        **kwargs: the arguments of the head.
+    """
+
+    def __new__(cls, *args: Any, head: Any = None, **kwargs: Any) -> Any:
+        """``head`` with suppression by rule."""
+        made = cls if head is None else with_rules(resolve(head, mmdet.registry.MODELS).cls)
+        return super().__new__(cls) if issubclass(cls, made) else made(*args, **kwargs)
+
+    def __init__(self, *args: Any, head: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 @MODELS.register_module()
@@ -101,20 +148,112 @@ class SoftNMSDoubleHeadRoIHead(SoftNMSMixin, DoubleHeadRoIHead):
     """mmdet's ``DoubleHeadRoIHead`` with suppression by rule."""
 
 
-def _refuse_foreign_arguments(head: type, kwargs: dict[str, Any]) -> None:
-    known: set[str] = set()
-    for base in head.__mro__:
-        if '__init__' in vars(base) and base is not SoftNMSMixin:
-            parameters = inspect.signature(vars(base)['__init__']).parameters.values()
-            known.update(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+#: Heads with a class of their own in a config; others are ``dict(type='mmdet_softnms.SoftNMSRoIHead', head=...)``.
+NAMED = {
+    StandardRoIHead: SoftNMSRoIHead,
+    CascadeRoIHead: SoftNMSCascadeRoIHead,
+    DoubleHeadRoIHead: SoftNMSDoubleHeadRoIHead,
+}
+
+
+@functools.cache
+def with_rules(head: type) -> type:
+    """A RoI head's class with the mixin before it, the same one each time; a head that has the mixin as it is.
+
+    Raises:
+        TypeError: the head does not follow the contract of :class:`SoftNMSMixin`.
+    """
+    if inspect.isclass(head) and issubclass(head, SoftNMSMixin):
+        return head
+    if reason := why_not(head):
+        raise TypeError(reason)
+    if head in NAMED:
+        return NAMED[head]
+    # Pickled and copied by way of the head's class: this one cannot be imported by name.
+    members: dict[str, Any] = dict(
+        __module__=__name__, __doc__=f'{head.__name__} with suppression by rule.', __reduce_ex__=_reduce
+    )
+    return type(f'SoftNMS{head.__name__}', (SoftNMSMixin, head), members)
+
+
+def why_not(head: Any) -> str:
+    """Why a class cannot take rules, in one sentence; empty where it can."""
+    name = getattr(head, '__name__', repr(head))
+    if not inspect.isclass(head) or not issubclass(head, BaseRoIHead):
+        return f'{name} cannot be plugged: it is not a RoI head of mmdet (a subclass of its BaseRoIHead)'
+    if issubclass(head, TridentRoIHead):
+        return f'{name} cannot be plugged: it suppresses a second time, over its branches'
+    raw = getattr(head, 'predict_bbox', None)
+    if raw not in (StandardRoIHead.predict_bbox, CascadeRoIHead.predict_bbox):
+        return (
+            f'{name} cannot be plugged: its predict_bbox is not that of StandardRoIHead or CascadeRoIHead, and '
+            'suppresses in its own way. If it returns raw results for rcnn_test_cfg=None, write '
+            f'class MyRoIHead(SoftNMSMixin, {name}) and use that'
+        )
+    return ''
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def _blank(head: type) -> Any:
+    made: Any = with_rules(head)
+    return made.__new__(made)
+
+
+def how_to_write(head: type) -> dict[str, Any]:
+    """What a config writes for a head with rules: ``type``, and ``head`` where it has no class of its own."""
+    made = with_rules(head)
+    ours = resolve(made, mmdet.registry.MODELS)
+    if made is head or made in NAMED.values():
+        return dict(type=ours.type)
+    return dict(type=resolve(SoftNMSRoIHead, MODELS).type, head=resolve(head, mmdet.registry.MODELS).type)
+
+
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """What a class can be given by name, bases included as far as ``**kwargs`` hand on."""
+    known: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if '__init__' in vars(base) and base not in (SoftNMSMixin, SoftNMSRoIHead):
+            parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
+            for p in parameters:
+                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                    known.setdefault(p.name, p)
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    if foreign := sorted(set(kwargs) - known):
+    return known
+
+
+def _lacking(head: type, names: set[str]) -> list[str]:
+    return sorted(name for name, p in parameters_of(head).items() if p.default is p.empty and name not in names)
+
+
+def _takes(head: type, names: set[str]) -> bool:
+    return not _lacking(head, names) and names <= set(parameters_of(head))
+
+
+def check_arguments(head: type, names: set[str]) -> None:
+    """Raise a TypeError where these are the arguments of another head, and name the one they fit."""
+    if _takes(head, names):
+        return
+    foreign = sorted(names - set(parameters_of(head)))
+    problem = f'takes no {", ".join(foreign)}' if foreign else f'needs {", ".join(_lacking(head, names))}'
+    start = f'{head.__name__} {problem}: the config belongs to another RoI head'
+    others = [getattr(mmdets, name) for name in mmdets.__all__ if name.endswith('RoIHead')]
+    fitting = [other for other in [*NAMED, *others] if not why_not(other) and _takes(other, names)]
+    if fitting:
+        written = ', '.join(f'{name}={value!r}' for name, value in how_to_write(fitting[0]).items())
+        raise TypeError(f'{start}, {fitting[0].__name__}. Write roi_head=dict({written}).')
+    if {'anchor_generator', 'in_channels', 'feat_channels'} & names:
         raise TypeError(
-            f'{head.__name__} takes no {", ".join(foreign)}: the config belongs to another RoI head. Supported are '
-            "mmdet's StandardRoIHead, CascadeRoIHead and DoubleHeadRoIHead; Grid, Trident, MultiInstance, Sparse "
-            'R-CNN and the like suppress in their own way and cannot be plugged.'
+            f'{head.__name__} is a RoI head and cannot be the bbox_head of a one-stage detector; it takes no '
+            f'{", ".join(foreign)}. Rules work in two-stage detectors.'
         )
+    raise TypeError(
+        f'{start}. It can be one of mmdet that has the predict_bbox of StandardRoIHead or CascadeRoIHead; Grid, '
+        'Trident, MultiInstance, Sparse R-CNN and the like suppress in their own way and cannot be plugged.'
+    )
 
 
 def _refuse_foreign_bbox_heads(head: type, bbox_head: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """The suppression operator and its kernels. Needs torch and numba, never mmdet, mmcv or mmengine.
 
 Modules from the lowest up, each importing only what stands before it: ``weights`` (one function a rule), ``_arguments``
-(types, checks, words of errors), ``_reference``, ``_cpu``, ``_triton`` (the paths), ``_dispatch`` (the path of a device),
-``_operator`` (registered in torch, gradients), ``_soft_nms``, ``_batch``.
+(types, checks, words of errors), ``_reference``, ``_cpu``, ``_triton`` (the paths), ``_dispatch`` (the path of a
+device), ``_operator`` (registered in torch, gradients), ``_soft_nms``, ``_batch``.
 """
 
 from mmdet_softnms.ops._batch import batched_soft_nms, warmup

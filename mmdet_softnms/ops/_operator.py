@@ -135,6 +135,14 @@ def soft_nms_backward(
     first = torch.searchsorted(of_class, of_class)  # where the class of each begins
     place = torch.arange(len(keep), device=keep.device)
     box_gradients = torch.zeros_like(kept)
+
+    def decayed(some: Tensor, row: Tensor, column: Tensor, rows: slice, begin: int) -> tuple[Tensor, Tensor]:
+        """The sum whose gradient is wanted, of the boxes from ``begin`` on; and the products of the weights."""
+        iou = _iou(some[row + rows.start - begin], some[column], offset)
+        left = rule.function(iou.double(), *values).to(dtype)
+        products = some.new_ones(rows.stop - rows.start, len(some)).index_put((row, column), left).prod(1)
+        return (gradient[rows] * kept_scores[rows] * products).sum(), products
+
     for start in range(0, len(keep), _ROWS):
         stop = min(start + _ROWS, len(keep))
         begin = int(first[start])
@@ -143,18 +151,11 @@ def soft_nms_backward(
         overlaps = _iou(kept[rows, None], kept[None, earlier], offset) > 0
         row, column = (decays & overlaps).nonzero(as_tuple=True)  # most pairs do not
 
-        def decayed(some: Tensor, row: Tensor = row, column: Tensor = column, rows: slice = rows) -> Any:
-            """The sum whose gradient is wanted, of the boxes ``begin`` to ``stop``; and the products of the weights."""
-            iou = _iou(some[row + rows.start - begin], some[column], offset)
-            left = rule.function(iou.double(), *values).to(dtype)
-            products = some.new_ones(decays.shape).index_put((row, column), left).prod(1)
-            return (gradient[rows] * kept_scores[rows] * products).sum(), products
-
         if wants_boxes:
-            by_boxes, products = torch.func.grad(decayed, has_aux=True)(kept[earlier])
+            by_boxes, products = torch.func.grad(decayed, has_aux=True)(kept[earlier], row, column, rows, begin)
             box_gradients[earlier] += by_boxes
         else:
-            products = decayed(kept[earlier])[1]
+            products = decayed(kept[earlier], row, column, rows, begin)[1]
         to_scores[keep[rows]] = (gradient[rows] * products).to(scores.dtype)
     to_boxes[keep] = box_gradients.to(boxes.dtype)
     return to_boxes, to_scores

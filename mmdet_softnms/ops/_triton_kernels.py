@@ -201,7 +201,8 @@ def select(
                 while missed < k:
                     by = tl.load(picked + start + missed)
                     s = _decay(
-                        s, x1, y1, x2, y2, area, boxes, by, threshold, width64, lowest, extra, WEIGHT, THRESHOLD, SIGMA, REMOVES
+                        s, x1, y1, x2, y2, area, boxes, by, threshold, width64, lowest, extra,
+                        WEIGHT, THRESHOLD, SIGMA, REMOVES,
                     )  # fmt: skip
                     missed += 1
                 bound = tl.where(here, -1.0, bound)
@@ -212,7 +213,8 @@ def select(
                 k += 1
                 s = tl.where(index == winner, -1.0, s)
                 s = _decay(
-                    s, x1, y1, x2, y2, area, boxes, winner, threshold, width64, lowest, extra, WEIGHT, THRESHOLD, SIGMA, REMOVES
+                    s, x1, y1, x2, y2, area, boxes, winner, threshold, width64, lowest, extra,
+                    WEIGHT, THRESHOLD, SIGMA, REMOVES,
                 )  # fmt: skip
             head, winner = _front(s, index)
 

@@ -1,10 +1,10 @@
 """The rules: what a selected box leaves of another one's score. One function for each, and nothing else anywhere.
 
 A weight is a function of the IoU of two boxes and of parameters of the operator. It is written once, in a subset of
-Python: arithmetic, comparisons, numbers, and the functions of this module (``where``, ``exp``, ``cos``, ``sqrt``). As it
-stands it takes PyTorch tensors: the reference and the gradients call it so. The other backends call a copy of it whose
-``where``, ``exp``, … are theirs (:func:`rewritten`): numba's, Triton's, ONNX's. Every backend computes it in float64 from
-the rounded IoU, and rounds once to the type of the scores (ONNX: in float32 throughout).
+Python: arithmetic, comparisons, numbers, and the functions of this module (``where``, ``exp``, ``cos``, ``sqrt``).
+As it stands it takes PyTorch tensors: the reference and the gradients call it so. The other backends call a copy of it
+whose ``where``, ``exp``, … are theirs (:func:`rewritten`): numba's, Triton's, ONNX's. Every backend computes it in
+float64 from the rounded IoU, and rounds once to the type of the scores (ONNX: in float32 throughout).
 
 A new rule is one function here, or anywhere else with ``@register``::
 
@@ -65,8 +65,8 @@ def register(function: Any = None, *, removes: bool = False) -> Any:
     """Make a weight a rule of its name, for every backend; a decorator.
 
     Args:
-        function: of ``iou`` in [0, 1], and of any of :data:`PARAMETERS` by name. Weights lie in [0, 1]; they are 1 at an
-            IoU of 0, and at and below ``iou_threshold`` where it is taken.
+        function: of ``iou`` in [0, 1], and of any of :data:`PARAMETERS` by name. Weights lie in [0, 1]; they are 1 at
+            an IoU of 0, and at and below ``iou_threshold`` where it is taken.
         removes: the weights are 0, which removes a box whatever ``min_score`` is, or 1.
 
     Returns:
@@ -141,7 +141,9 @@ def _check_range(weight: Weight) -> None:
     function = rewritten(weight.function, dict(where=np.where, exp=np.exp, cos=np.cos, sqrt=np.sqrt))
     iou = np.linspace(0, 1, 201)
     for threshold in (0.0, 0.3, 0.5, 1.0):
-        values = {name: threshold if name == 'iou_threshold' else PARAMETERS[name].default for name in weight.parameters}
+        values = {
+            name: threshold if name == 'iou_threshold' else PARAMETERS[name].default for name in weight.parameters
+        }
         with np.errstate(all='ignore'):  # of branches that where does not choose
             weights = np.broadcast_to(np.asarray(function(iou, **values), np.float64), iou.shape)
         untouched = iou <= values.get('iou_threshold', 0)
@@ -151,8 +153,8 @@ def _check_range(weight: Weight) -> None:
         if wrong.any():
             place = int(wrong.argmax())
             raise ValueError(
-                f'{weight.name} gives {weights[place]} at an IoU of {iou[place]:g} with {values}; weights lie in [0, 1], '
-                'are 1 at an IoU of 0 and up to iou_threshold, and 0 or 1 where they remove'
+                f'{weight.name} gives {weights[place]} at an IoU of {iou[place]:g} with {values}; weights lie in '
+                '[0, 1], are 1 at an IoU of 0 and up to iou_threshold, and 0 or 1 where they remove'
             )
 
 

@@ -8,6 +8,7 @@ re-evaluation are in [0, 1].
 import contextlib
 import copy
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ from typing import Any, Literal
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.fileio import load
 
 from mmdet_softnms.checkpoint import check_weights
-from mmdet_softnms.files import ReevaluationError, sha256
+from mmdet_softnms.files import ReevaluationError, first_line, sha256
 from mmdet_softnms.reevaluation.candidates.plug import plug
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.scoring.sweep import Row
+from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 Verdict = Literal['pass', 'fail', 'not comparable']
 
@@ -147,21 +148,24 @@ def load_models(path: Path, project: Path) -> dict[str, Model]:
     Raises:
         ReevaluationError: a file is missing or not of this form.
     """
-    try:
-        index = load(path)
-        metafiles = [load(path.parent / name) for name in index['Import']] if 'Import' in index else [index]
-        datasets: dict[str, Any] = load(project / 'configs/datasets.yml')
-        for metafile in metafiles:
-            datasets.update(metafile.get('Datasets', {}))
-    except Exception as error:  # yaml's errors are many; whatever it is, the file cannot be read
-        raise ReevaluationError(f'metafile {path} cannot be read: {str(error).splitlines()[0]}') from error
+    index = _read(path)
+    metafiles = [_read(path.parent / name) for name in _strings(index, 'Import', path)] or [index]
+    datasets = _read(project / 'configs/datasets.yml')
+    raws: list[Any] = []
+    for metafile in metafiles:
+        try:
+            datasets.update(_get(metafile, 'Datasets', dict, {}))
+            raws += _get(metafile, 'Models', list, [])
+        except TypeError as error:
+            raise ReevaluationError(f'metafile {path} cannot be used: {error}') from error
     models: dict[str, Model] = {}
-    for raw in (raw for metafile in metafiles for raw in metafile.get('Models', [])):
+    for raw in raws:
+        name = raw.get('Name') if isinstance(raw, dict) else raw
         try:
             model = _model(raw, datasets, path.parent)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ReevaluationError(
-                f'model {raw.get("Name")} of {path} cannot be used: {type(error).__name__} {error} in its Reproduction'
+                f'model {name!s:.80} of {path} cannot be used: {type(error).__name__} {error} in its Reproduction'
             ) from error
         if model.name in models:
             raise ReevaluationError(f'model {model.name} stands twice in {path}; rename one')
@@ -169,55 +173,102 @@ def load_models(path: Path, project: Path) -> dict[str, Model]:
     return models
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = read_yaml(path)
+        if not isinstance(content, dict):
+            raise YamlError(f'it holds {content!r:.60}, not keys and values')
+    except YamlError as error:
+        raise ReevaluationError(f'metafile {path} cannot be read: {error}') from error
+    return content
+
+
+def _strings(index: dict[str, Any], key: str, path: Path) -> list[str]:
+    value = index.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ReevaluationError(f'metafile {path} cannot be used: {key} has to be a list of files, got {value!r:.60}')
+    return value
+
+
+_REQUIRED = object()
+
+
+def _get(raw: Any, key: str, kinds: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+    """An entry of a metafile.
+
+    Raises:
+        KeyError, TypeError: it is not there, or not of these types; no number is one that is not finite.
+    """
+    if not isinstance(raw, dict):
+        raise TypeError(f'{raw!r:.60} holds no {key}')
+    value = raw[key] if default is _REQUIRED else raw.get(key, default)
+    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    if value is not default and (not fits or (isinstance(value, float) and not math.isfinite(value))):
+        names = ' or '.join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise TypeError(f'{key} has to be of type {names}, got {value!r:.60}')
+    return value
+
+
+_NUMBER = (int, float)
+
+
 def _model(raw: dict[str, Any], datasets: dict[str, Any], root: Path) -> Model:
-    about = raw['Reproduction']
-    data = datasets[about['Data']]
+    about = _get(raw, 'Reproduction', dict)
+    name = _get(about, 'Data', str)
+    data = _get(datasets, name, dict)
     split = Split(
-        about['Data'], data['Fetch'], data.get('Images'), data.get('Objects'), data.get('Annotation SHA-256', '')
+        name,
+        _get(data, 'Fetch', str),
+        _get(data, 'Images', int, None),
+        _get(data, 'Objects', int, None),
+        _get(data, 'Annotation SHA-256', str, ''),
     )
     published = []
-    for one in about.get('Published', []):
-        tolerance = one.get('Tolerance')
-        because = one['Because'] if tolerance is not None else one['Not Comparable']
+    for one in _get(about, 'Published', list, []):
+        tolerance = _get(one, 'Tolerance', _NUMBER, None)
+        row = _get(one, 'Row', (str, dict), 'config')
+        if isinstance(row, dict):
+            for key in row:
+                _get(row, key, str if key in ('rule', 'method') else _NUMBER)
         published.append(
             Published(
-                one.get('Row', 'config'),
-                one['Metric'],
-                float(one['Value']),
-                one['Source'],
-                one.get('Split', split.name),
+                row,
+                _get(one, 'Metric', str),
+                float(_get(one, 'Value', _NUMBER)),
+                _get(one, 'Source', str),
+                _get(one, 'Split', str, split.name),
                 tolerance,
-                because,
+                _get(one, 'Because' if tolerance is not None else 'Not Comparable', str),
             )
         )
     return Model(
-        name=raw['Name'],
-        config=root / raw['Config'],
-        weights=_weights(raw.get('Weights'), about.get('Weights', {}), root),
+        name=_get(raw, 'Name', str),
+        config=root / _get(raw, 'Config', str),
+        weights=_weights(_get(raw, 'Weights', str, None), _get(about, 'Weights', dict, {}), root),
         split=split,
         published=published,
-        unpublished='' if published else about['Unpublished'],
-        options=about.get('Options', {}),
+        unpublished='' if published else _get(about, 'Unpublished', str),
+        options=_get(about, 'Options', dict, {}),
     )
 
 
 def _weights(public: str | None, about: dict[str, str], root: Path) -> Weights:
     """``Weights`` of a model: a URL, a file, or nothing where ``Reproduction`` says how to come by them."""
     if public is None and 'Checkpoint' not in about:
-        return Weights(None, about['Fetch'])
+        return Weights(None, _get(about, 'Fetch', str))
     if public is not None and '://' not in public:
         return Weights(root / public, 'it belongs to the metafile: restore it')
-    name = about['Checkpoint'] if public is None else public.rsplit('/', 1)[1]
+    name = _get(about, 'Checkpoint', str) if public is None else public.rsplit('/', 1)[1]
     # OpenMMLab's publishing tool appends the first digits of the file's own SHA-256 to its name.
     digits = re.search(r'-([0-9a-f]{8})\.pth$', name)
     start = digits[1] if digits else ''
     checksum = f'its SHA-256 begins with {start}' if start else 'no checksum is published'
-    fetch = about['Fetch'] if public is None else f'fetch {public} and put it there ({checksum})'
+    fetch = _get(about, 'Fetch', str) if public is None else f'fetch {public} and put it there ({checksum})'
     return Weights(Path('checkpoints') / name, fetch, start)
 
 
 def check_options(options: Iterable[str]) -> str:
-    """Why a run with these overrides of the config compares with nothing; empty if it does."""
+    """Why a run with these overrides of the config cannot be compared with published numbers; empty if it can."""
     changed = [key for key in options if not key.startswith(HARMLESS_OPTIONS)]
     return f'--cfg-options changes {", ".join(changed)}' if changed else ''
 
@@ -265,7 +316,7 @@ def check_checksum(path: Path, weights: Weights) -> str:
     return found
 
 
-def check_model(cfg: Config, checkpoint: Path) -> None:
+def check_model(cfg: Config, checkpoint: Path, *, trust: bool = False) -> None:
     """Build the model without running it.
 
     Raises:
@@ -277,8 +328,8 @@ def check_model(cfg: Config, checkpoint: Path) -> None:
     try:
         model = MODELS.build(copy.deepcopy(cfg.model))  # building writes into the config
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
-    check_weights(model, checkpoint)
+        raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
+    check_weights(model, checkpoint, trust=trust)
 
 
 def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:
@@ -287,7 +338,7 @@ def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[C
     Args:
         model: what is published.
         rows: of the re-evaluation; none after a dry run, which measures nothing.
-        caveats: why this run compares with nothing published; usually there are none.
+        caveats: why this run cannot be compared with what is published; usually there is no reason.
     """
     return [_compare(published, rows, caveats) for published in model.published]
 

@@ -1,25 +1,28 @@
 """What a re-evaluation gives."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.store import Candidates
 from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 from mmdet_softnms.reevaluation.scoring.sweep import Row
-
-Progress = Callable[[str, int, int], None]  # (what is going on, done, total)
 
 
 @dataclass
 class Session:
     """What a run has in memory, for what is computed on top of the table: choice of settings, pictures."""
 
-    settings: list[Setting]
     candidates: Candidates
     truth: GroundTruth
     image_paths: list[str]
+    reader: ImageReader | None = None  # where images are read by a storage backend of the pipeline
+
+    def read_image(self, number: int) -> bytes:
+        """The bytes of an image file; whatever the backend raises where there is none."""
+        return self.reader.read(number) if self.reader else Path(self.image_paths[number]).read_bytes()
 
 
 @dataclass
@@ -37,11 +40,17 @@ class Reevaluation:
     rows: list[Row]
     notes: list[str]
     session: Session = field(repr=False)
+    checkpoint_sha256: str = ''
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What the rows are of."""
+        return [row.setting for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """As ``reevaluation.json`` holds it."""
         named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != 'session'}
-        return named | dict(rows=[asdict(row) for row in self.rows])
+        return named | dict(rows=[row.to_dict() for row in self.rows])
 
 
 def no_candidates(store: str) -> str:

@@ -1,13 +1,17 @@
 """The RoI heads: hard NMS equals mmdet's, soft NMS equals the operator, and nothing else of the detector changes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 
 from mmdet_softnms import soft_nms
+from mmdet_softnms.models.places import check_places
+from mmdet_softnms.reevaluation.candidates.plug import family_of, plug
 from mmdet_softnms.rules import SoftNMS
 from tests.tiny import build, plugged, predict, predict_raw, tiny_config
 
@@ -173,3 +177,70 @@ def test_the_comparison_notices_another_rule():
     ours = build(plugged(cfg, 'SoftNMSRoIHead', GAUSSIAN), like=stock)
     with pytest.raises(AssertionError):
         _assert_same(predict(ours), predict(stock), atol=1e-6)
+
+
+def test_any_head_of_the_contract_takes_rules_and_survives_copies():
+    from mmdet.models.roi_heads import DynamicRoIHead
+
+    cfg = tiny_config('SoftNMSRoIHead')
+    cfg.model.roi_head.bbox_head.loss_bbox = ConfigDict(type='SmoothL1Loss', beta=1.0)
+    stock = build(cfg)
+    ours = plugged(cfg, 'SoftNMSRoIHead', HARD)
+    ours.model.roi_head.head = 'DynamicRoIHead'
+    ours.model.train_cfg.rcnn.dynamic_rcnn = dict(iou_topk=75, beta_topk=10, update_iter_interval=100, initial_iou=0.4)
+    ours.model.train_cfg.rcnn.dynamic_rcnn.initial_beta = 1.0
+    model = build(ours, like=stock)
+    assert isinstance(model.roi_head, DynamicRoIHead)
+    for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        _assert_same(predict(again), predict(stock), atol=1e-6)
+
+
+def test_max_per_img_0_is_no_limit():
+    cfg = plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN)
+    cfg.model.test_cfg.rcnn.max_per_img = 0
+    assert all(len(result.pred_instances) > 5 for result in predict(build(cfg)))
+
+
+def test_non_finite_boxes_of_a_class_are_dropped_with_one_warning():
+    model = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))
+    model.roi_head.bbox_head.fc_reg.weight.data[:4] = float('nan')
+    with pytest.warns(RuntimeWarning, match='dropped .* candidates') as seen:
+        results = [*predict(model), *predict(model)]
+    assert len(seen) == 1
+    for result in results:
+        assert len(result.pred_instances) > 5 and (result.pred_instances.labels > 0).all()
+
+
+def test_a_cascade_config_is_sent_to_the_cascade_head():
+    with pytest.raises(TypeError, match='SoftNMSCascadeRoIHead'):
+        build(plugged(tiny_config('SoftNMSCascadeRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'test_cfg.rpn.nms': dict(_delete_=True, type='mmdet_softnms.SoftNMS')}, 'model.test_cfg.rpn.nms: .*write'),
+        ({'roi_head.type': 'StandardRoIHead'}, "roi_head=dict\\(type='mmdet_softnms.SoftNMSRoIHead'\\)"),
+        ({'test_cfg.rcnn.nms': dict(_delete_=True, type='SoftNMS')}, 'mmdet_softnms.SoftNMS'),
+        ({'test_cfg.rcnn.nms': ['SoftNMS']}, 'nms must be a dict'),
+        ({'test_cfg.rcnn.nms': dict(_delete_=True, type=3)}, 'nms.type must be a name'),
+        ({'roi_head.type': 'SoftNMSRoIHead'}, 'is it mmdet_softnms.SoftNMSRoIHead'),
+        ({'roi_head.head': 'MaskScoringRoIHead'}, 'needs mask_iou_head'),
+    ],
+)
+def test_misplaced_rules_are_one_sentence(options, words):
+    cfg = plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN)
+    check_places(cfg)
+    cfg.merge_from_dict({f'model.{name}': value for name, value in options.items()})
+    with pytest.raises(ValueError, match=words) as raised:
+        check_places(cfg)
+    assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('kind', ['DynamicRoIHead', 'PISARoIHead', CascadeRoIHead])
+def test_heads_of_the_contract_are_plugged(kind):
+    cfg = tiny_config('SoftNMSCascadeRoIHead' if kind is CascadeRoIHead else 'SoftNMSRoIHead')
+    cfg.model.roi_head.type = kind
+    written = family_of(cfg).written(cfg)
+    assert written.get('head', written['type']).endswith(getattr(kind, '__name__', kind))
+    assert plug(cfg, 0.0).model.roi_head.type == written['type']

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import mmdet_softnms
 from mmdet_softnms import batched_soft_nms, padded_soft_nms, soft_nms, warmup
-
 from mmdet_softnms.ops._operator import soft_nms_backward
 
 ROOT = Path(__file__).parents[2]
@@ -410,7 +409,7 @@ def test_a_million_candidates():
     assert len(keep) == 300 and kept[0] == scores.max() and (kept[1:] <= kept[:-1]).all()
 
 
-@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='no GPU: and no /proc to read memory from')
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='no /proc: the memory of a process is read there')
 def test_ten_thousand_tiny_calls_leave_no_trace():
     boxes, scores, labels = _scene(20, dtype=torch.float32)
 

@@ -41,14 +41,7 @@ Result = tuple[Tensor, Tensor]
 repeatable = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(
-    params=[
-        'cpu',
-        pytest.param(
-            'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
-        ),
-    ]
-)
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
@@ -622,7 +615,9 @@ def shifts_classes_apart(boxes: Tensor, scores: Tensor, labels: Tensor | None = 
 def rounds_the_weight_early(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **p: Any) -> Result:
     """exp in float32, as an eager kernel would do it."""
 
-    rule = dataclasses.replace(weights.get('gaussian'), function=lambda iou, sigma: torch.exp(-(iou**2 / sigma).float()))
+    rule = dataclasses.replace(
+        weights.get('gaussian'), function=lambda iou, sigma: torch.exp(-(iou**2 / sigma).float())
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(weights.WEIGHTS, 'gaussian', rule)
         return reference(boxes, scores, labels, **p)

@@ -41,7 +41,6 @@ from tests.test_ops.test_soft_nms import (
 )
 
 MODULE = 'mmdet_softnms.ops._triton'
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: CUDA is not available')
 Padded = tuple[Tensor, Tensor, Tensor]
 
 
@@ -69,7 +68,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolEx
         yield worker
 
 
-@pytest.fixture(scope='module', params=['interpreter', pytest.param('cuda', marks=needs_gpu)])
+@pytest.fixture(scope='module', params=['interpreter', pytest.param('cuda', marks=pytest.mark.gpu)])
 def runner(request: pytest.FixtureRequest) -> Runner:
     if request.param == 'interpreter':
         worker = request.getfixturevalue('interpreter')
@@ -340,7 +339,7 @@ def test_no_operator_that_waits_for_the_device(interpreter: ProcessPoolExecutor,
     assert found == ['_local_scalar_dense', 'index']
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_cuda_is_never_waited_for() -> None:
     boxes, scores, labels = (tensor.cuda() for tensor in examples(1, seed=26, num=2000, classes=80)[0])
     images = torch.arange(2000, device='cuda') % 4
@@ -355,7 +354,7 @@ def test_cuda_is_never_waited_for() -> None:
             assert torch.equal(one, other)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(('num', 'classes'), [(20_000, 80), (20_000, 1), (60_000, 1203)])
 def test_cuda_equals_the_cpu_kernel_on_large_inputs(method: Any, num: int, classes: int) -> None:
@@ -374,7 +373,7 @@ def test_cuda_equals_the_cpu_kernel_on_large_inputs(method: Any, num: int, class
                 )
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_cuda_gives_the_same_every_time() -> None:
     boxes, scores, labels = (tensor.cuda() for tensor in examples(1, seed=28, num=5000, classes=3)[0])
     first = _triton.soft_nms_triton(boxes, scores, labels)
@@ -519,7 +518,7 @@ def test_batches_and_the_operator_go_the_same_way(monkeypatch: pytest.MonkeyPatc
     assert calls == ['one', 'one']
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_cuda_operator_and_batches() -> None:
     from mmdet_softnms import padded_soft_nms
 
@@ -574,7 +573,7 @@ def test_package_does_not_import_triton() -> None:
     subprocess.run([sys.executable, '-c', program], check=True, timeout=120)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_cuda_tensors_go_through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_reference, 'select', None)
     keep, _ = soft_nms(torch.tensor([[0.0, 0, 4, 4]], device='cuda'), torch.tensor([0.5], device='cuda'))

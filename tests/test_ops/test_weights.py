@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,9 @@ def add_cosine() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _with_cosine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _with_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
     add_cosine()
-    yield
 
 
 def scene(num: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,9 +114,7 @@ def test_a_new_rule_is_right_in_triton(tmp_path: Path) -> None:
     assert torch.equal(keep[:count], expected[0]) and torch.equal(kept[:count], expected[1])
     with triton_worker.start(interpret=False, cache=tmp_path) as worker:
         triton_worker.call(worker, __name__, 'add_cosine')
-        ptx = triton_worker.call(
-            worker, 'tests.test_ops.triton_worker', 'compile_for', 80, 'fp32', 'cosine', 1, False
-        )
+        ptx = triton_worker.call(worker, 'tests.test_ops.triton_worker', 'compile_for', 80, 'fp32', 'cosine', 1, False)
     assert 'cosine' in ptx or 'f64' in ptx
 
 

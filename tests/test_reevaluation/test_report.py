@@ -1,8 +1,10 @@
 """The report: whole, self-contained, true to the rows, and right in a real browser."""
 
 import base64
+import copy
 import dataclasses
 import html.parser
+import io
 import os
 import re
 import shutil
@@ -16,20 +18,22 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
+from rich.console import Console
 
+from mmdet_softnms.cli.reevaluate import Display
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
 from mmdet_softnms.reevaluation.choice.selection import Selection, select
 from mmdet_softnms.reevaluation.report.figures import sensitivity_figures
 from mmdet_softnms.reevaluation.report.page import markdown, write_report
 from mmdet_softnms.reevaluation.report.pictures import draw_pictures
 from mmdet_softnms.reevaluation.report.table import (
-    baseline_of,
+    baseline_row,
     best_row,
     full_label,
     notes,
-    row_label,
     rows_table,
     selection_text,
+    to_table,
 )
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects
@@ -55,8 +59,8 @@ def _picture(path: Path, size=(500, 500)) -> str:
     return str(path)
 
 
-def _reevaluation(session: Session, **options) -> Reevaluation:
-    rows = evaluate_all(session.candidates, session.settings, session.truth)
+def _reevaluation(session: Session, settings: list[Setting], **options) -> Reevaluation:
+    rows = evaluate_all(session.candidates, settings, session.truth)
     about = dict(
         dataset='Drawn <b>set</b>',
         num_images=len(session.candidates),
@@ -79,14 +83,14 @@ def result(tmp_path_factory) -> Reevaluation:
     specs = ['SoftNMS.sigma=0.2,0.5,0.9', 'SoftNMS.iou_threshold=0.2,0.4,0.6', 'score_thr=0.001,0.05']
     settings = sweep_settings(specs, CFG, 1e-3, 100, 1e-3)
     path = _picture(tmp_path_factory.mktemp('images') / 'one.jpg')
-    return _reevaluation(Session(settings, candidates, truth, [path] * len(candidates)))
+    return _reevaluation(Session(candidates, truth, [path] * len(candidates)), settings)
 
 
 @pytest.fixture(scope='module')
 def selection(result) -> Selection:
     session = result.session
-    matches = match_all(session.candidates, session.settings, session.truth)
-    return select(session.settings, matches, Objects.of(session.truth))
+    matches = match_all(session.candidates, result.settings, session.truth)
+    return select(result.settings, matches, Objects.of(session.truth))
 
 
 @pytest.fixture(scope='module')
@@ -154,10 +158,10 @@ def test_the_best_of_several_groups_is_the_best(result, selection):
     assert full_label(rows[1], rows).endswith('score_thr=0.001') and full_label(rows[8], rows).endswith(
         'score_thr=0.05'
     )
-    assert full_label(rows[1], rows[:7]) == row_label(rows[1])
+    assert full_label(rows[1], rows[:7]) == rows[1].setting.label
     # The config has the second group's score_thr, and is compared with its baseline in every table.
     own = rows[-1]
-    assert own.params['score_thr'] == 0.05 and baseline_of(own, rows) is rows[7]
+    assert own.params['score_thr'] == 0.05 and baseline_row(own, rows) is rows[7]
     assert selection.settings[-1].baseline == pytest.approx(rows[7].metrics['AP'])
     assert 'its difference is to the first row' in notes(dataclasses.replace(result, rows=[*rows[:7], own]))[1]
     assert 'its difference' not in notes(result)[1]
@@ -175,6 +179,55 @@ def test_markdown_and_screen_say_the_same(result, selection):
         assert table.row_count == len(result.rows)
         assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in [column.header for column in table.columns])
         assert ('AP gain, 95 %' in text) == (chosen is not None)
+
+
+MARKUP = '[/nope] [red]x :smile: $\\frac$ `a` | <b> *b* [a](b)'
+
+
+def _screen(table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=400).print(table)
+    return out.getvalue()
+
+
+def test_names_that_look_like_markup_are_text(result, tmp_path):
+    """rich's on the screen, Markdown's and HTML's in the report, mathematics in plots."""
+    odd_class = type(MARKUP, (SoftNMS,), {})
+
+    def renamed(row):
+        if row.rule != 'SoftNMS':
+            return row
+        rule = copy.copy(row.setting.rule)
+        rule.__class__ = odd_class
+        return dataclasses.replace(row, setting=dataclasses.replace(row.setting, rule=rule))
+
+    rows = [renamed(row) for row in result.rows]
+    odd = dataclasses.replace(result, rows=rows, dataset=MARKUP, notes=[MARKUP])
+    screen = _screen(to_table(odd))
+    assert screen.count(MARKUP) == 2 + sum(row.rule == MARKUP for row in rows)
+    command = f'python ``x`` {MARKUP}\n# second'
+    text = markdown(odd, title=MARKUP, command=command, selection_words=f'```\n{MARKUP}')
+    lines = text.splitlines()
+    escaped = r'\[/nope\] \[red\]x :smile: \$\\frac\$ \`a\` \| \<b\> \*b\* \[a\](b)'
+    assert lines[0] == f'# {escaped}' and f'{escaped}  ' in lines and escaped in lines
+    assert lines[2] == f'``` python ``x`` {MARKUP} # second ```'
+    assert lines[-4:] == ['````', '```', MARKUP, '````']
+    table = [line for line in lines if line.startswith('|')]
+    assert len({len(re.findall(r'(?<!\\)\|', line)) for line in table}) == 1
+    write_report(tmp_path, odd, title='\udcff', command=command)  # of a file name that is no UTF-8
+    page = _read(tmp_path / 'report.html')
+    assert MARKUP in ''.join(page.text)
+    assert {tag for tag, _ in page.tags} & {'b', 'script'} == set()
+    for figure in sensitivity_figures(rows):
+        assert r'$\frac$' not in figure.get_suptitle() and r'\$\frac\$' in figure.get_suptitle()
+
+
+def test_what_a_run_says_is_text(capsys):
+    with Display(sweep=False, quiet=False) as display:
+        display.say(MARKUP)
+        display.progress(MARKUP, 1, 1)
+    shown = capsys.readouterr().err
+    assert shown.count(MARKUP[:30]) == 2
 
 
 def test_curves_of_both_parameters_and_of_the_best_rest(result):
@@ -201,7 +254,9 @@ def test_curves_of_both_parameters_and_of_the_best_rest(result):
 
 
 def test_plots_are_drawn_without_a_display(page):
-    environment = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY')}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')
+    }
     script = (
         'import matplotlib; import mmdet_softnms.reevaluation.report.page; '
         'print(matplotlib.get_backend(auto_select=False))'
@@ -236,7 +291,7 @@ def _scene(tmp_path):
     path = _picture(tmp_path / 'one.jpg', (200, 300))
     classes = (r'a $\frac$ cat', 'dog')
     settings = [Setting(HardNMS(0.5), 1e-3, 100), Setting(SoftNMS('linear', iou_threshold=0.3), 1e-3, 100)]
-    return Session(settings, candidates, GroundTruth(classes, coco, [1, 2], [1, 2]), [path, path])
+    return Session(candidates, GroundTruth(classes, coco, [1, 2], [1, 2]), [path, path]), settings
 
 
 def _decode(url: str) -> np.ndarray:
@@ -249,8 +304,8 @@ def _near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
 
 
 def test_recovered_objects_are_marked(tmp_path):
-    session = _scene(tmp_path)
-    pictures, remark = draw_pictures(session, *session.settings, 4)
+    session, settings = _scene(tmp_path)
+    pictures, remark = draw_pictures(session, *settings, 4)
     (picture,) = pictures  # the dog's second box comes after all its objects: no gain, no loss
     assert (picture.img_id, picture.objects, picture.recovered, picture.lost, picture.added) == ('image 0', 2, 1, 0, 0)
     assert picture.ap[0] == pytest.approx(51 / 101) and picture.ap[1] == 1.0 and remark == ''
@@ -262,27 +317,27 @@ def test_recovered_objects_are_marked(tmp_path):
 
 def test_better_located_boxes_are_marked(tmp_path):
     """The object lies under the second box, the first one is 12 px off: only where both stay is it found up to 0.95."""
-    session = _scene(tmp_path)
+    session, settings = _scene(tmp_path)
     session.truth.coco['annotations'][2]['bbox'] = [32.0, 20, 100, 100]
     found = InstanceData(
         bboxes=torch.tensor([[20.0, 20, 120, 120], [32.0, 20, 132, 120]]),
         scores=torch.tensor([0.9, 0.8]), labels=torch.tensor([1, 1]),
     )  # fmt: skip
     session.candidates = Candidates.of([session.candidates[0], ImageCandidates('dog', (200, 300), found)])
-    pictures, _ = draw_pictures(session, *session.settings, 4)
+    pictures, _ = draw_pictures(session, *settings, 4)
     (dog,) = (picture for picture in pictures if picture.img_id == 'dog')
     assert (dog.recovered, dog.lost, dog.tighter, dog.looser, dog.added) == (0, 0, 1, 0, 0) and dog.gain > 0
     blue = (64, 140, 255)
     assert _near(_decode(dog.before), blue) < 50 < 300 < _near(_decode(dog.after), blue)
-    pictures, _ = draw_pictures(session, *reversed(session.settings), 4)
+    pictures, _ = draw_pictures(session, *reversed(settings), 4)
     (dog,) = (picture for picture in pictures if picture.img_id == 'dog')
     assert (dog.recovered, dog.lost, dog.tighter, dog.looser, dog.added) == (0, 0, 0, 1, 0) and dog.gain < 0
 
 
 def test_losses_and_added_false_positives_are_marked(tmp_path):
     """From soft to hard, the same scene is a loss; a second box that is no object is an added false positive."""
-    session = _scene(tmp_path)
-    (picture,), _ = draw_pictures(session, *reversed(session.settings), 4)
+    session, settings = _scene(tmp_path)
+    (picture,), _ = draw_pictures(session, *reversed(settings), 4)
     assert picture.gain < 0 and (picture.recovered, picture.lost, picture.added) == (0, 1, 0)
     # Without the second cat's annotation its box is a false positive that comes with Soft-NMS, above a later object.
     session.truth.coco['annotations'][1] = dict(session.truth.coco['annotations'][1], bbox=[250.0, 10, 40, 40])
@@ -293,16 +348,16 @@ def test_losses_and_added_false_positives_are_marked(tmp_path):
         session.candidates[1],
     ])  # fmt: skip
     session.candidates = late
-    (picture,), _ = draw_pictures(session, *session.settings, 4)
+    (picture,), _ = draw_pictures(session, *settings, 4)
     assert picture.gain < 0 and (picture.recovered, picture.lost, picture.added) == (0, 0, 1)
     red = (220, 40, 40)
     assert _near(_decode(picture.before), red) < 50 < 300 < _near(_decode(picture.after), red)
 
 
 def test_images_that_are_gone_are_counted(tmp_path):
-    session = _scene(tmp_path)
+    session, settings = _scene(tmp_path)
     Path(session.image_paths[0]).unlink()
-    pictures, remark = draw_pictures(session, *session.settings, 4)
+    pictures, remark = draw_pictures(session, *settings, 4)
     assert pictures == [] and remark == '1 images could not be read.'
 
 
@@ -321,13 +376,13 @@ def test_an_unwritable_folder_leaves_the_earlier_report(result, tmp_path, monkey
 
 def test_what_is_said_of_a_selection(result, selection):
     session = result.session
-    matches = match_all(session.candidates, session.settings, session.truth)
+    matches = match_all(session.candidates, result.settings, session.truth)
     objects = Objects.of(session.truth)
     text = selection_text(selection, result, CFG)
     assert '5-fold over images' in text and "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead')" in text
-    same = select(session.settings, [matches[0]] * len(matches), objects)
+    same = select(result.settings, [matches[0]] * len(matches), objects)
     assert 'no significant difference' in selection_text(same, result, CFG)
-    worse = select(session.settings, [matches[0]] * len(matches), objects)
+    worse = select(result.settings, [matches[0]] * len(matches), objects)
     worse.procedure.low, worse.procedure.high = -0.2, -0.1
     assert 'significantly worse' in selection_text(worse, result, CFG)
 

@@ -302,7 +302,10 @@ def test_networks_that_diverged_and_images_that_are_none(project, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'words'),
     [
-        (lambda cfg, root: cfg.merge_from_dict({'test_dataloader.dataset.type': 'NoDataset'}), 'NoDataset'),
+        (
+            lambda cfg, root: cfg.merge_from_dict({'test_dataloader.dataset.type': 'NoDataset'}),
+            'NoDataset.*default_scope',
+        ),
         (lambda cfg, root: (root / 'bad.json').write_text('{"images": [1,'), 'bad.json.*JSONDecodeError'),
         (lambda cfg, root: (root / 'bad.json').write_text('[]'), 'bad.json.*cannot be built'),
     ],
@@ -313,6 +316,23 @@ def test_data_sets_that_cannot_be_built(project, change, words):
     change(cfg, project.root)
     with pytest.raises(ReevaluationError, match=words):
         build_test_set(cfg)
+
+
+def test_data_sets_without_image_ids_are_refused(project, tmp_path):
+    cfg = Config.fromfile(project.coco_config)
+    (tmp_path / 'set.jsonl').write_text(json.dumps(dict(filename='a.jpg', height=64, width=64)))
+    (tmp_path / 'labels.json').write_text('{"0": "a"}')
+    cfg.test_dataloader.dataset = dict(
+        type='ODVGDataset',
+        data_root=str(tmp_path),
+        ann_file='set.jsonl',
+        label_map_file='labels.json',
+        data_prefix=dict(img=''),
+        return_classes=True,
+        pipeline=[],
+    )
+    with pytest.raises(ReevaluationError, match=r'\(ODVGDataset\) gives its images no img_id'):
+        build_test_set(cfg, check_images=False)
 
 
 def test_damaged_xml_is_named_and_so_is_an_unknown_model(project, tmp_path):
@@ -362,6 +382,10 @@ def test_a_store_that_has_lost_its_description(project, tmp_path):
 
 def test_the_description_says_what_it_was_made_of(finished):
     content = json.loads((finished.folder / 'store.json').read_text())['fingerprint']
-    assert set(content) == {'config', 'checkpoint', 'dataset', 'images', 'score_floor', 'execution'}
+    assert set(content) == {
+        'config', 'checkpoint', 'dataset', 'infos', 'images', 'inputs', 'files', 'code', 'live', 'versions', 'unknown',
+        'number', 'score_floor', 'execution',
+    }  # fmt: skip
+    assert content['unknown'] == [] and content['inputs'] is None and not content['files']
     assert content['execution']['batch_size'] == 1 and content['execution']['threads'] == torch.get_num_threads()
     assert os.fspath(ROOT) not in json.dumps(content)

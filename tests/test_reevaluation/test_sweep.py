@@ -1,6 +1,6 @@
 """Sweeps: what a grid means, that every way of running it gives the same rows, and that nothing is done twice."""
 
-import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +12,13 @@ import pytest
 from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, check_thresholds, sweep_settings
+from mmdet_softnms.reevaluation.scoring.settings import (
+    DEFAULT_SWEEP,
+    baseline_of,
+    check_thresholds,
+    default_settings,
+    sweep_settings,
+)
 from mmdet_softnms.reevaluation.scoring.sweep import evaluate_all, forget_partial, match_all
 from tests.drawn import drawn_test_set
 
@@ -105,7 +111,7 @@ def test_a_file(tmp_path):
         ('HarderNMS.iou_threshold=0.5', 'HarderNMS'),
         ('score_thr=2', 'score_thr must be in'),
         ('score_thr=much', 'score_thr must be in'),
-        ('max_per_img=0', 'max_per_img must be'),
+        ('max_per_img=-2', 'max_per_img must be'),
         ('max_per_img=10.5', 'max_per_img must be'),
         ('min_score=2', 'min_score'),
         ('missing.yaml', 'cannot be read'),
@@ -151,16 +157,26 @@ def test_a_sweep_without_effect_is_refused():
         'rules: 5',
         'score_thr: []',
         'score_thr: [null]',
+        'score_thr: [[1]]',
+        'score_thr: [2020-01-01]',
+        'score_thr: [!!set {a}]',
+        'rules: [{type: [SoftNMS]}]',
+        'rules: [{type: SoftNMS, 1: 2}]',
+        'rules: [{type: SoftNMS, sigma: {a: 1}}]',
+        'rules: [{type: SoftNMS, sigma: [.nan]}]',
+        '1: 2',
+        '',
     ],
 )
 def test_bad_files(tmp_path, content):
     (tmp_path / 'sweep.yml').write_text(content)
-    with pytest.raises(ReevaluationError, match='sweep.yml'):
+    with pytest.raises(ReevaluationError, match='sweep.yml|sweep over SoftNMS') as raised:
         _settings(str(tmp_path / 'sweep.yml'))
+    assert '\n' not in str(raised.value)
 
 
 def _without_times(rows):
-    return [dataclasses.replace(row, seconds=0, metric_seconds=0) for row in rows]
+    return [row.to_dict() | dict(seconds=0, metric_seconds=0) for row in rows]
 
 
 @pytest.fixture(scope='module')
@@ -246,6 +262,43 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(drawn, rows, tmp_path):
     assert fresh == [1, 2, 3, 4, 5]
     forget_partial(tmp_path)
     assert not partial.exists()
+
+
+def test_kept_rows_of_any_content_are_ignored_with_a_line(drawn, rows, tmp_path):
+    """Kept rows are read from a folder that anybody may have written to: none is taken that is not a row."""
+    settings = _settings('SoftNMS.sigma=0.2,0.5,0.9')
+    evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a')
+    partial = tmp_path / 'sweep-partial-0.jsonl'
+    kept = [json.loads(line) for line in partial.read_text().split('\n') if line]
+    one = {**kept[0], 'row': {**kept[0]['row'], 'metrics': {**kept[0]['row']['metrics'], 'AP': 0.123}}}
+    strange = [
+        one | dict(row=[]),
+        one | dict(row={**one['row'], 'surplus': 1}),
+        one | dict(row={**one['row'], 'rule': 'Other'}),
+        one | dict(row={**one['row'], 'seconds': 'long'}),
+        one | dict(row={**one['row'], 'metrics': {'AP': 0.123}}),
+        one | dict(row={**one['row'], 'metrics': {**one['row']['metrics'], 'AP': float('nan')}}),
+        one | dict(row={**one['row'], 'metrics': {**one['row']['metrics'], 'AP': 7}}),
+        [],
+        dict(identity='a'),
+    ]
+    partial.write_bytes(b'\xff\x00\n' + '\n'.join(map(json.dumps, strange)).encode())
+    (tmp_path / 'sweep-partial-1.jsonl').mkdir()
+    said = []
+    again = evaluate_all(drawn[0], settings, drawn[1], work_dir=tmp_path, identity='a', say=said.append)
+    assert _without_times(again) == _without_times(rows)
+    assert len(said) == 2 and f'{len(strange) + 1} lines are not finished rows' in said[0]
+    forget_partial(tmp_path)
+
+
+def test_class_agnostic_rows_have_a_baseline_of_their_own():
+    settings = _settings('SoftNMS.sigma=0.5', 'SoftNMS.class_agnostic=true,false')
+    assert [(one.name, one.class_agnostic, one.is_baseline) for one in settings[:-1]] == [
+        ('HardNMS', False, True), ('SoftNMS', False, False), ('HardNMS', True, True), ('SoftNMS', True, False),
+    ]  # fmt: skip
+    assert [settings.index(baseline_of(one, settings)) for one in settings[:-1]] == [0, 0, 2, 2]
+    every = default_settings(CFG, 1e-3, 100, 1e-3, class_agnostic=True)
+    assert [one.class_agnostic for one in every] == [True, True, True, False]  # the config's is what it is
 
 
 def test_kept_rows_of_other_candidates_are_not_taken(drawn, rows, tmp_path):

@@ -14,6 +14,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_softnms.checkpoint import check_weights
+from mmdet_softnms.reevaluation.request import Request
 from mmdet_softnms.reevaluation.run import reevaluate
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_the_committed_detector_detects(dataset):
     cfg = Config.fromfile(DEMO)
     cfg.test_dataloader.dataset.data_root = f'{dataset}/'
     cfg.test_evaluator.ann_file = f'{dataset}/annotations/crowded.json'
-    hard, linear, gaussian, own = (row.metrics for row in reevaluate(cfg, DEMO.with_suffix('.pth')).rows)
+    hard, linear, gaussian, own = (row.metrics for row in reevaluate(Request(cfg, DEMO.with_suffix('.pth'))).rows)
     assert hard['AP50'] > 0.5
     assert own['AP50'] > 0.5
     assert min(linear['AP'], gaussian['AP']) > hard['AP']

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmdet_softnms.cli import reevaluate as command_line
 from tests.tiny_dataset import make_project
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'reevaluate.py'
@@ -29,6 +31,7 @@ def _run(*arguments, **options):
 def test_table_and_file(project, tmp_path):
     done = _run(project.voc_config, project.checkpoint, '--work-dir', tmp_path, '--max-per-img', 20)
     assert done.returncode == 0, done.stderr
+    assert 'terminated' not in done.stderr  # mmdet's VOC evaluation forks, and ends its processes by SIGTERM
     content = json.loads((tmp_path / 'reevaluation.json').read_text())
     assert content['num_images'] == 6
     assert [row['rule'] for row in content['rows']] == ['HardNMS', 'SoftNMS', 'SoftNMS', 'nms']
@@ -157,8 +160,38 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
         assert 'interrupted: earlier results are intact' in error
     if number == signal.SIGTERM:
         assert error.strip().splitlines()[-1].startswith('terminated: earlier results are intact')
+        assert error.count('terminated') == 1
     assert earlier.read_text() == '{"earlier": true}'
     assert [path.name for path in tmp_path.iterdir() if path.suffix == '.tmp'] == []
+
+
+@pytest.mark.parametrize('start', ['fork', 'spawn', 'forkserver'])
+def test_only_the_process_itself_says_that_it_was_terminated(start):
+    script = f"""
+import multiprocessing, os, signal, time
+from mmdet_softnms.cli.reevaluate import _listen_to_scheduler
+
+if __name__ == '__main__':
+    _listen_to_scheduler()
+    processes = multiprocessing.get_context({start!r})
+    with processes.Pool(2) as pool:
+        pool.map(abs, range(4))
+    child = processes.Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(1)
+    child.terminate()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM, child.exitcode
+    print('children done', flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+"""
+    path = Path(tempfile.mkdtemp()) / 'script.py'
+    path.write_text(script)
+    environment = dict(os.environ, PYTHONPATH=str(TOOL.parents[1]))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1 and 'children done' in done.stdout
+    assert done.stderr.strip().startswith('terminated: ') and done.stderr.count('terminated') == 1
 
 
 def test_a_work_dir_that_cannot_be_written(project, tmp_path):
@@ -214,6 +247,7 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
 
     from mmdet_softnms.files import ReevaluationError
     from mmdet_softnms.reevaluation.candidates.forward import collect
+    from mmdet_softnms.reevaluation.request import Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = Config.fromfile(project.coco_config)
@@ -221,7 +255,7 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
 
     def refused(words, **options):
         with pytest.raises(ReevaluationError, match=words):
-            reevaluate(cfg, project.checkpoint, **options)
+            reevaluate(Request(cfg, project.checkpoint, **options))
 
     refused('holds candidates above 0.001 only', store=store.folder, score_thr=1e-5)
     refused('is not a store of candidates', store=tmp_path)
@@ -229,13 +263,13 @@ def test_stores_that_cannot_be_taken(project, tmp_path):
     weights['state_dict']['roi_head.bbox_head.fc_cls.bias'] += 0.1
     torch.save(weights, tmp_path / 'other.pth')
     with pytest.raises(ReevaluationError, match='was made with another checkpoint than what is given'):
-        reevaluate(cfg, tmp_path / 'other.pth', store=store.folder)
+        reevaluate(Request(cfg, tmp_path / 'other.pth', store=store.folder))
     cfg.test_dataloader.dataset.indices = 4
     refused('holds 6 images but the test set 4', store=store.folder)
     del cfg.test_dataloader.dataset['indices']
     # On a machine without the images: everything but the pictures.
     cfg.test_dataloader.dataset.data_prefix.img = 'gone/'
-    assert len(reevaluate(cfg, project.checkpoint, store=store.folder).rows) == 4
+    assert len(reevaluate(Request(cfg, project.checkpoint, store=store.folder)).rows) == 4
     store.path_of(0).unlink()
     refused('1 of 6 shards cannot be used .00000.parquet missing', store=store.folder)
 
@@ -280,44 +314,50 @@ def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_p
     from mmengine.config import Config
 
     from mmdet_softnms.files import ReevaluationError
+    from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
     from mmdet_softnms.reevaluation.choice.plan import plan_choice
+    from mmdet_softnms.reevaluation.request import Listener, Request
 
     cfg = Config.fromfile(project.coco_config)
     said = []
-    assert plan_choice(cfg, say=said.append).val_set is None and said == []  # the same images
+
+    def plan(**options):
+        request = Request(cfg, project.checkpoint, select='AP', **options)
+        return plan_choice(request, build_test_set(cfg), Listener(say=said.append))
+
+    assert plan() is None and said == []  # the same images
     other = tmp_path / 'other'
     other.mkdir()
     for path in (project.root / 'VOC2007/JPEGImages').iterdir():
         (other / path.name).write_bytes(path.read_bytes() + b' ')
     cfg.val_dataloader.dataset.data_prefix.img = f'{other}/'
-    plan = plan_choice(cfg, say=said.append)
-    assert len(plan.val_set) == 6 and said == []
-    assert plan.val_cfg.test_dataloader.dataset.data_prefix.img == f'{other}/'
+    split = plan()
+    assert len(split.dataset) == 6 and said == []
+    assert split.cfg.test_dataloader.dataset.data_prefix.img == f'{other}/'
     cfg.val_dataloader.dataset.ann_file = 'nowhere.json'
-    assert plan_choice(cfg, say=said.append).val_set is None
+    assert plan() is None
     assert 'annotations of the val set cannot be read' in said[0]
     with pytest.raises(ReevaluationError, match='val_dataloader.dataset'):
-        plan_choice(cfg, tune_on='val')
+        plan(tune_on='val')
     with pytest.raises(ReevaluationError, match='say'):
-        plan_choice(cfg, resamples=10)
+        plan(resamples=10)
 
 
 def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
     from mmengine.config import Config
 
     from mmdet_softnms.files import ReevaluationError
-    from mmdet_softnms.reevaluation.choice.plan import plan_choice
-    from mmdet_softnms.reevaluation.choice.selection import choose
+    from mmdet_softnms.reevaluation.request import Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
     cfg = Config.fromfile(project.coco_config)
-    result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path)
+    result = reevaluate(Request(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path))
     assert result.num_candidates > 0  # the config's own row has a lower one
     cfg.model.test_cfg.rcnn.score_thr = 0.999
-    result = reevaluate(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b')
+    result = reevaluate(Request(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b'))
     assert result.num_candidates == 0 and 'not one candidate' in result.notes[-1]
     with pytest.raises(ReevaluationError, match='nothing can be chosen: .* holds not one candidate'):
-        choose(result, plan_choice(cfg), project.checkpoint, tmp_path)
+        reevaluate(Request(cfg, project.checkpoint, score_thr=0.999, work_dir=tmp_path / 'b', select='AP'))
 
 
 def test_two_runs_in_one_directory(project, tmp_path):
@@ -349,3 +389,18 @@ def test_two_processes_give_the_same_bytes_and_rows(project, tmp_path):
     for left, right in zip(one['rows'], two['rows'], strict=True):
         assert {**left, 'seconds': 0, 'metric_seconds': 0} == {**right, 'seconds': 0, 'metric_seconds': 0}
     assert len(one['rows']) == 5
+
+
+@pytest.mark.parametrize('raised', [SystemExit('terminated'), KeyboardInterrupt(), ValueError('a fault')])
+def test_a_signal_is_not_taken_for_a_config_that_cannot_be_formatted(monkeypatch, raised):
+    """As mmengine's ``Config.pretty_text`` does with whatever is raised in it."""
+
+    def run(args):
+        try:
+            raise raised
+        except BaseException:
+            raise SyntaxError('Failed to format the config file')  # noqa: B904
+
+    monkeypatch.setattr(command_line, 'run', run)
+    with pytest.raises(SyntaxError if isinstance(raised, ValueError) else type(raised)):
+        command_line._run(None)

@@ -131,9 +131,9 @@ class Net:
         self.layer('Softmax', 'cls_prob', 'cls_score', 'cls_prob')
 
     def caffemodel(self):
-        net = converter.caffe_message()(name='random')
+        net = converter.caffe_message()(name=b'random')
         for name, arrays in self.blobs.items():
-            layer = net.layer.add(name=name, type='?')
+            layer = net.layer.add(name=name.encode(), type=b'?')
             for array in arrays:
                 blob = layer.blobs.add(data=array.ravel().tolist())
                 blob.shape.dim.extend(array.shape)
@@ -148,7 +148,7 @@ class Net:
             kinds[words[1]] = words[3]
         net = self.caffemodel()
         for layer in net.layer:
-            layer.type = kinds[layer.name]
+            layer.type = kinds[layer.name.decode()].encode()
         (folder / 'random.caffemodel').write_bytes(net.SerializeToString())
         return folder / 'deploy.prototxt', folder / 'random.caffemodel'
 
@@ -319,3 +319,51 @@ def test_errors(name, message, tmp_path):
     assert result.returncode != 0 and message in result.stderr, result.stderr
     assert result.stderr.count('\n') == 1 and result.stderr.startswith('error: ')
     assert (tmp_path / 'out.pth').read_text() == 'a good checkpoint' and len(list(tmp_path.iterdir())) <= 2
+
+
+def _negative(blob):
+    blob.shape.dim[0], blob.shape.dim[1] = -blob.shape.dim[0], -blob.shape.dim[1]
+
+
+def _huge(blob):
+    """The product is 2 ** 64, which is 0 in 64 bits."""
+    del blob.data[:]
+    blob.shape.dim[:] = [2**32, 2**32]
+
+
+def _old_negative(blob):
+    blob.ClearField('shape')
+    blob.num, blob.channels, blob.height, blob.width = -1, -1, 1, len(blob.data)
+
+
+def _zero(blob):
+    del blob.data[:]
+    blob.shape.dim[:] = [0, 2**62]
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda layers: _negative(layers['conv1'].blobs[0]), 'numbers for a blob of'),
+        (lambda layers: _huge(layers['conv1'].blobs[0]), 'has 0 numbers for a blob of'),
+        (lambda layers: _zero(layers['conv1'].blobs[0]), 'has 0 numbers for a blob of'),
+        (lambda layers: _old_negative(layers['conv1'].blobs[0]), 'numbers for a blob of'),
+        (lambda layers: layers['conv1'].blobs[0].shape.dim.extend([1] * 90), 'numbers for a blob of'),
+        (lambda layers: layers['conv1'].blobs[0].data.__setitem__(0, float('nan')), 'not finite'),
+        (lambda layers: setattr(layers['rfcn_cls'], 'name', b'\xff\xfe\n[/x]'), "layer 'rfcn_cls' is missing"),
+        (lambda layers: setattr(layers['rfcn_cls'], 'name', b'rfcn_bbox'), "layer 'rfcn_bbox' is there twice"),
+        (lambda layers: layers['scale_conv1'].blobs[0].shape.dim.__setitem__(0, 2), 'numbers for a blob of'),
+        (lambda layers: layers['scale_conv1'].blobs[0].CopyFrom(layers['rfcn_cls'].blobs[1]), 'do not fit together'),
+        (lambda layers: layers['rfcn_cls'].blobs[0].shape.dim.__setitem__(slice(0, 2), [32, 196]), 'fit together'),
+        (lambda layers: layers['bn_conv1'].blobs.pop(), "layer 'bn_conv1' has 2 blobs"),
+    ],
+)
+def test_odd_files(change, message, tmp_path, monkeypatch, capsys):
+    model = Net().caffemodel()
+    change({layer.name.decode(): layer for layer in model.layer})
+    (tmp_path / 'net.caffemodel').write_bytes(model.SerializeToString())
+    monkeypatch.setattr(sys, 'argv', ['convert', str(tmp_path / 'net.caffemodel'), str(tmp_path / 'out.pth')])
+    with pytest.raises(SystemExit) as raised:
+        converter.main()
+    assert str(raised.value).startswith('error: ') and message in str(raised.value)
+    assert '\n' not in str(raised.value) and not (tmp_path / 'out.pth').exists()

@@ -19,7 +19,8 @@ proposals below the minimum size are dropped at 8 px of the resized image instea
 """
 
 import argparse
-import os
+import io
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a clone without installing
+from mmdet_softnms.files import write_whole
 
 Blobs = dict[str, list[np.ndarray]]
 BINS = 49
@@ -48,7 +52,8 @@ def caffe_message() -> type:
 
     field = descriptor_pb2.FieldDescriptorProto
     one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
-    text, whole, real = field.TYPE_STRING, field.TYPE_INT64, field.TYPE_FLOAT
+    # Names as bytes: Caffe never checked that they are text.
+    text, whole, real = field.TYPE_BYTES, field.TYPE_INT64, field.TYPE_FLOAT
     messages: dict[str, list[tuple[str, int, int, int | str]]] = {
         'BlobShape': [('dim', 1, many, whole)],
         'BlobProto': [
@@ -98,15 +103,20 @@ def read_caffemodel(path: Path) -> Blobs:
         raise ConversionError(f'{path} is truncated or no caffemodel: {error}') from error
     blobs: Blobs = {}
     for layer in [*net.layer, *net.layers]:
+        name = layer.name.decode(errors='backslashreplace')
         arrays = []
         for blob in layer.blobs:
             shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
             data = np.array(blob.data, dtype=np.float32)
-            if data.size != np.prod(shape):
-                raise ConversionError(f'{path}: layer {layer.name!r} has {data.size} numbers for a blob of {shape}')
+            if data.size != math.prod(shape) or not 0 < len(shape) <= 8 or min(shape) < 1:
+                raise ConversionError(f'{path}: layer {name!r:.80} has {data.size} numbers for a blob of {shape!s:.80}')
+            if not np.isfinite(data).all():
+                raise ConversionError(f'{path}: layer {name!r:.80} has numbers that are not finite')
             arrays.append(data.reshape(shape))
+        if arrays and name in blobs:
+            raise ConversionError(f'{path}: layer {name!r:.80} is there twice')
         if arrays:
-            blobs[layer.name] = arrays
+            blobs[name] = arrays
     if not blobs:
         raise ConversionError(f'{path} holds no layer with weights: it is no caffemodel, or one of another network')
     return blobs
@@ -124,7 +134,7 @@ def find_depth(blobs: Mapping[str, Any]) -> str:
         return '50'
     raise ConversionError(
         'neither res4b22_branch2a (ResNet-101) nor res4f_branch2a (ResNet-50) is there, only '
-        f'{", ".join(list(blobs)[:5])}, ...: convert R-FCN models on these two networks'
+        f'{", ".join(list(blobs)[:5])!r:.200}, ...: convert R-FCN models on these two networks'
     )
 
 
@@ -157,10 +167,16 @@ def convert(blobs: Blobs, *, raw_box_maps: bool = False) -> dict[str, Tensor]:
             raise ConversionError(f'layer {name!r} has {len(arrays)} blobs instead of {" or ".join(map(str, counts))}')
         return [torch.from_numpy(array) for array in arrays]
 
+    def fit(name: str, weight: Tensor, others: list[Tensor]) -> None:
+        if weight.dim() != 4 or any(other.numel() != len(weight) for other in others):
+            shapes = ', '.join(str(tuple(one.shape)) for one in (weight, *others))
+            raise ConversionError(f'layer {name!r} and its normalisation or bias do not fit together: {shapes}')
+
     def conv_bn(conv: str, suffix: str, to_conv: str, to_bn: str) -> None:
         weight, *bias = take(conv, 1, 2)
         total_mean, total_var, factor = take(f'bn{suffix}', 3)
         gamma, beta = take(f'scale{suffix}', 2)
+        fit(conv, weight, [total_mean, total_var, gamma, beta, *bias])
         scale = 0.0 if float(factor.flatten()[0]) == 0 else 1 / float(factor.flatten()[0])
         mean = total_mean.flatten() * scale
         if bias:
@@ -177,6 +193,7 @@ def convert(blobs: Blobs, *, raw_box_maps: bool = False) -> dict[str, Tensor]:
 
     def conv(name: str, to: str, change: Callable[[Tensor], Tensor] = lambda each: each) -> None:
         weight, bias = take(name, 2)
+        fit(name, weight, [bias])
         state[f'{to}.weight'] = change(weight)
         state[f'{to}.bias'] = change(bias.flatten())
 
@@ -209,6 +226,8 @@ def convert(blobs: Blobs, *, raw_box_maps: bool = False) -> dict[str, Tensor]:
 
 def _object_minus_background(pairs: Tensor) -> Tensor:
     """(2 A, ...), backgrounds first -> (A, ...)."""
+    if len(pairs) % 2:
+        raise ConversionError(f'rpn_cls_score has {len(pairs)} channels: pairs of background and object are expected')
     background, foreground = pairs.chunk(2)
     return foreground - background
 
@@ -245,9 +264,9 @@ def main() -> None:
     try:
         blobs = read_caffemodel(arguments.caffemodel)
         state = convert(blobs, raw_box_maps=arguments.raw_box_maps)
-        written = arguments.checkpoint.with_name(arguments.checkpoint.name + '.part')
-        torch.save({'meta': {}, 'state_dict': state}, written)
-        os.replace(written, arguments.checkpoint)  # never half a checkpoint
+        content = io.BytesIO()
+        torch.save({'meta': {}, 'state_dict': state}, content)
+        write_whole(arguments.checkpoint, content.getbuffer())
     except (ConversionError, OSError) as error:
         sys.exit(f'error: {error}')
     classes = state['roi_head.bbox_head.cls_maps.bias'].numel() // BINS - 1

@@ -8,31 +8,37 @@ used instead.
 """
 
 import itertools
-import os.path as osp
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info, init_dist, is_distributed
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch.utils.data import Sampler
 
-from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights
-from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.candidates.fingerprint import differences, execution_differences, fingerprint, hash_of
-from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, plug
-from mmdet_softnms.reevaluation.candidates.store import CandidateStore, ImageCandidates, find_stores
+from mmdet_softnms.checkpoint import LoadedWeights, allow_unsafe_loading, check_weights
+from mmdet_softnms.files import ReevaluationError, clear_temporaries, first_line
+from mmdet_softnms.reevaluation.candidates.fingerprint import (
+    differences,
+    drop_weight_initialisation,
+    execution_differences,
+    fingerprint,
+)
+from mmdet_softnms.reevaluation.candidates.identity import digest
+from mmdet_softnms.reevaluation.candidates.images import ImageReader
+from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, family_of, plug
+from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected, ImageCandidates, find_stores
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
 
@@ -92,10 +98,7 @@ class CandidateCollector(BaseMetric):
                 labels=instances['labels'].detach().cpu(),
             )
             if not (candidates.bboxes.isfinite().all() and candidates.scores.isfinite().all()):
-                raise ReevaluationError(
-                    f'the network gives values that are not finite, first on image {sample["img_id"]}; it diverged in '
-                    'training, or ran out of the range of its floating type'
-                )
+                raise not_finite(sample)
             height, width = sample['ori_shape'][:2]
             self._images.append(ImageCandidates(sample['img_id'], (int(height), int(width)), candidates))
             if len(self._images) == len(self._store.images_of(self._shards[0])):
@@ -176,7 +179,7 @@ def collect(
     plan: list[Any] = [None]
     if get_dist_info()[0] == 0:
         store, shards, lines = _find_or_create(
-            Path(folder), fingerprint(cfg, checkpoint, dataset, score_floor), len(dataset), shard_size
+            Path(folder), fingerprint(cfg, checkpoint, dataset, score_floor), Expected.of(dataset), shard_size
         )
         for line in lines:
             say(line)
@@ -188,7 +191,7 @@ def collect(
     if shards:
         _forward(cfg, checkpoint, score_floor, store, shards, work_dir, trust_checkpoint, progress)
         barrier()
-        if problems := store.check() if get_dist_info()[0] == 0 else {}:
+        if problems := store.check(Expected.of(dataset)) if get_dist_info()[0] == 0 else {}:
             raise ReevaluationError(
                 f'{store.folder}: {_list(problems)} after the forward pass; is the folder on a disk all processes see?'
             )
@@ -197,32 +200,43 @@ def collect(
 
 
 def _find_or_create(
-    folder: Path, wanted: dict[str, Any], num_images: int, shard_size: int
+    folder: Path, wanted: dict[str, Any], expected: Expected, shard_size: int
 ) -> tuple[CandidateStore, list[int], list[str]]:
     """The store to use, its unfinished shards, and what there is to say."""
-    own = folder / hash_of(wanted)[:12]
+    own = folder / digest({key: value for key, value in wanted.items() if key != 'number'})[:12]
+    for place in (folder, *folder.glob('*/')):
+        clear_temporaries(place)
+    num_images = len(expected.img_ids)
+    mine = _open(own, wanted, num_images)
     others = [store for store in find_stores(folder) if store.folder != own]
-    fitting = [store for store in others if not differences(store.fingerprint, wanted)]
-    mine = _check(own, wanted)
-    if mine is None or mine.check():
+    fitting = [
+        store for store in others if store.num_images == num_images and not differences(store.fingerprint, wanted)
+    ]
+    problems = mine.check(expected) if mine else None
+    said = []
+    if wanted['unknown']:
+        what = ', '.join(wanted['unknown'][:3])
+        said.append(f'{what} cannot be read here, so stored candidates are not used: the network runs over all images')
+        fitting = []
+    elif mine is None or problems:
         for store in fitting:
             # The same candidates, but for last bits and some below the floor: finished ones serve as they are.
-            if not store.check():
+            if not store.check(expected):
                 how = execution_differences(store.fingerprint, wanted)
                 line = f'stored candidates found: {store.folder} (made with {how}); no forward pass is needed'
                 return store, [], [line]
-    said = []
-    if not own.is_dir() and (strangers := [store for store in others if store not in fitting]):
-        reason = differences(strangers[-1].fingerprint, wanted)
+    if not own.is_dir() and not said and (strangers := [store for store in others if store not in fitting]):
+        reason = differences(strangers[-1].fingerprint, wanted) or 'number of images'
         said.append(f'{len(strangers)} stored candidates in {folder} are of another {reason}: not used')
-    if own.is_dir() and mine is None:
+    if own.exists() and mine is None and not wanted['unknown']:
         said.append(f'{own / "store.json"} is damaged: written anew')
     batch_size = wanted['execution']['batch_size']
     whole_batches = -(-shard_size // batch_size) * batch_size
     store = mine or CandidateStore.create(own, wanted, num_images, whole_batches)
-    problems = store.check()
+    if problems is None:
+        problems = store.check(expected)
     for shard, problem in problems.items():
-        if problem != 'missing':
+        if problem != 'missing' and not wanted['unknown']:
             images = store.images_of(shard)
             said.append(f'{store.path_of(shard)} {problem}; images {images[0]} to {images[-1]} are computed anew')
     if not problems:
@@ -233,13 +247,13 @@ def _find_or_create(
     return store, list(problems), said
 
 
-def _check(folder: Path, wanted: dict[str, Any]) -> CandidateStore | None:
+def _open(folder: Path, wanted: dict[str, Any], num_images: int) -> CandidateStore | None:
     """The store of exactly this fingerprint in a folder; None where there is none that can be opened."""
     try:
         store = CandidateStore.open(folder)
     except ReevaluationError:
         return None
-    return store if store.fingerprint == wanted else None
+    return store if store.fingerprint == wanted and store.num_images == num_images else None
 
 
 def _list(problems: dict[int, str]) -> str:
@@ -272,22 +286,26 @@ def _forward(
     # A name of its own: mmengine keeps visualizers by name, with the folder of the first run in a process.
     plugged.visualizer = dict(type='Visualizer', name=f'reevaluation_{next(_run_numbers)}')
     plugged.setdefault('test_cfg', dict(type='TestLoop'))
-    _drop_weight_initialisation(plugged.model)
+    drop_weight_initialisation(plugged.model)
     if is_distributed() and not torch.cuda.is_available():
         # mmengine would wrap the model with the CUDA device of LOCAL_RANK.
         plugged.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
     with tempfile.TemporaryDirectory() as temporary:
         plugged.work_dir = str(work_dir or temporary)
         try:
-            runner = Runner.from_cfg(plugged)
+            # As mmdet's tools/test.py: a runner of the user's own, if there is one.
+            runner = RUNNERS.build(plugged) if plugged.get('runner_type') else Runner.from_cfg(plugged)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise ReevaluationError(f'the model of the config cannot be built: {error}') from error
+            raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check_classes(model, cfg, runner)
+        family_of(cfg).leave_out_unused(model)
         # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.
         check_weights(model, checkpoint, trust=trust_checkpoint, ignore=MASK_PREFIXES)
         if trust_checkpoint:
             allow_unsafe_loading()
+        runner.register_hook(LoadedWeights())  # mmengine only logs a weight that it could not copy
+        _refuse_values_that_are_not_finite(model)
         runner.register_hook(_ProgressHook(progress))
         try:
             runner.test()
@@ -296,22 +314,41 @@ def _forward(
         except Exception as error:
             dataset = runner.test_loop.dataloader.dataset
             numbers = [number for shard in shards for number in store.images_of(shard)]
-            if path := _first_unreadable(dataset.get_data_info(number)['img_path'] for number in numbers):
+            if path := ImageReader(dataset).first_unreadable(numbers):
                 raise ReevaluationError(
                     f'image {path} cannot be read; replace it, or take it out of the set'
                 ) from error
             raise
 
 
-def _first_unreadable(paths: Iterable[str]) -> str | None:
-    """The first image on disk that is none; looked for after a failure only."""
-    for path in paths:
-        try:
-            if osp.isfile(path) and mmcv.imread(path) is None:
-                return path
-        except Exception:  # OpenCV raises errors of its own for an empty file
-            return path
-    return None
+def _refuse_values_that_are_not_finite(model: Any) -> None:
+    """Stop at the first image for which the RPN gives NaN: mmdet drops such proposals without a word.
+
+    What the RoI head makes of NaN is seen by :class:`CandidateCollector`.
+    """
+    batch: list[Any] = []
+
+    def remember(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        batch[:] = kwargs.get('data_samples') or []
+
+    def look(module: Any, args: Any, outputs: Any) -> None:
+        for maps in outputs if isinstance(outputs, (list, tuple)) else ():
+            for one in maps if isinstance(maps, (list, tuple)) else [maps]:
+                if isinstance(one, torch.Tensor) and not one.isfinite().all():
+                    number = int((~one.isfinite()).flatten(1).any(1).nonzero()[0]) if one.dim() > 1 else 0
+                    raise not_finite(batch[number].metainfo if number < len(batch) else {})
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    if getattr(model, 'rpn_head', None) is not None:
+        model.rpn_head.register_forward_hook(look)
+
+
+def not_finite(image: Mapping[str, Any]) -> ReevaluationError:
+    """What to say of a network that gives NaN or infinity, first on an image."""
+    return ReevaluationError(
+        f'the network gives values that are not finite, first on image {image.get("img_id")}; it diverged in '
+        'training, or ran out of the range of its floating type'
+    )
 
 
 def start_processes(launcher: str) -> None:
@@ -330,12 +367,3 @@ def start_processes(launcher: str) -> None:
         torch.distributed.init_process_group('gloo')
     else:
         raise ReevaluationError(f'--launcher {launcher} needs GPUs; without them start it by torchrun (pytorch)')
-
-
-def _drop_weight_initialisation(model: ConfigDict) -> None:
-    """The checkpoint brings every weight, so nothing has to be fetched from a model hub first."""
-    for value in model.values():
-        if isinstance(value, dict):
-            if value.get('init_cfg') and value['init_cfg'].get('type') == 'Pretrained':
-                value['init_cfg'] = None
-            _drop_weight_initialisation(value)

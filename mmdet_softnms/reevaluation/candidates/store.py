@@ -19,6 +19,7 @@ but the candidates, so a run that was killed and taken up again, or spread over 
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ from mmdet_softnms.files import ReevaluationError, write_whole
 
 FORMAT = 'mmdet_softnms candidates 1'
 _FLOATS = ('x1', 'y1', 'x2', 'y2', 'score')
+_LARGEST_MANIFEST = 1 << 24  # bytes
+_LARGEST_SHARD = 1 << 31  # bytes
+_MOST_IMAGES = 1 << 31
+_MOST_CANDIDATES = 1 << 22  # of an image: 2,000 RoIs times LVIS' classes
 
 
 @dataclass
@@ -107,6 +112,36 @@ class Candidates(Sequence[ImageCandidates]):
         return cls(json.loads((folder / 'img_ids.json').read_text()), *arrays)
 
 
+@dataclass
+class Expected:
+    """What the candidates of a test set have to look like, wherever they come from."""
+
+    img_ids: list[Any]
+    num_classes: int
+
+    @classmethod
+    def of(cls, dataset: Any) -> 'Expected':
+        """Image ids and classes of a data set that mmdet built."""
+        img_ids = [dataset.get_data_info(number)['img_id'] for number in range(len(dataset))]
+        return cls(img_ids, len(dataset.metainfo.get('classes', ())))
+
+    def problem(self, candidates: Candidates, images: range, floor: float) -> str | None:
+        """What is wrong with a shard's values; None: nothing."""
+        wanted = self.img_ids[images.start : images.stop]
+        if candidates.img_ids != wanted:
+            return 'has other image ids than the test set'
+        scores, labels = candidates.scores, candidates.labels
+        if not (np.isfinite(candidates.bboxes).all() and np.isfinite(scores).all()):
+            return 'holds values that are not finite'
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            strange = labels.min() if labels.min() < 0 else labels.max()
+            return f'holds label {strange}, but the test set has {self.num_classes} classes'
+        if len(scores) and not floor < scores.min() <= scores.max() <= 1 + 1e-6:
+            strange = scores.max() if scores.max() > 1 + 1e-6 else scores.min()
+            return f'holds a score of {strange:g}, outside ({floor:g}, 1]'
+        return None
+
+
 class CandidateStore:
     """One folder of shards.
 
@@ -122,12 +157,21 @@ class CandidateStore:
         self.fingerprint: dict[str, Any] = manifest['fingerprint']
         self.num_images: int = manifest['num_images']
         self.shard_size: int = manifest['shard_size']
+        if not isinstance(self.fingerprint, dict):
+            raise TypeError(f'fingerprint is {type(self.fingerprint).__name__}, not a dict')
+        for name, most in (('num_images', _MOST_IMAGES), ('shard_size', _MOST_IMAGES)):
+            value = manifest[name]
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f'{name} is {str(value)[:50]}')
         self.num_shards = -(-self.num_images // self.shard_size)
 
     @classmethod
     def create(cls, folder: Path, fingerprint: dict[str, Any], num_images: int, shard_size: int) -> 'CandidateStore':
         """Make an empty store; one of the same content that is there already is taken up."""
         manifest = dict(format=FORMAT, num_images=num_images, shard_size=shard_size, fingerprint=fingerprint)
+        if folder.is_file():
+            folder.unlink()  # it has the name of a store, and is none
+        _make_way(folder / 'store.json')
         write_whole(folder / 'store.json', (json.dumps(manifest, indent=1, sort_keys=True) + '\n').encode())
         return cls(folder, manifest)
 
@@ -140,11 +184,17 @@ class CandidateStore:
         """
         path = folder / 'store.json'
         try:
-            manifest = json.loads(path.read_text())
+            if path.exists() and not path.is_file():
+                raise ValueError('store.json is not a file')
+            if path.stat().st_size > _LARGEST_MANIFEST:
+                raise ValueError(f'store.json has {path.stat().st_size:,} bytes')
+            manifest = json.loads(path.read_bytes())
             if manifest['format'] != FORMAT:
-                raise ReevaluationError(f'{path} is of format {manifest["format"]!r}, not {FORMAT!r}; delete {folder}')
+                raise ReevaluationError(
+                    f'{path} is of format {str(manifest["format"])[:50]!r}, not {FORMAT!r}; delete {folder}'
+                )
             return cls(folder, manifest)
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ReevaluationError(
                 f'{folder} is not a store of candidates ({type(error).__name__}: {error}); give a folder that '
                 'tools/reevaluate.py made (DIR/candidates/...), or delete it'
@@ -169,31 +219,46 @@ class CandidateStore:
         content = _encode(images, shard, self._mark)
         path = self.path_of(shard)
         checksum = f'{hashlib.sha256(content).hexdigest()}  {path.name}\n'
+        for place in (path, path.with_name(path.name + '.sha256')):
+            _make_way(place)
         # The checksum first: a shard without one would have to be computed again.
         write_whole(path.with_name(path.name + '.sha256'), checksum.encode())
         write_whole(path, content)
 
-    def check(self) -> dict[int, str]:
-        """Unfinished shards and why: ``{number: 'missing' | what is wrong with it}``; reads every byte."""
-        return {shard: problem for shard in range(self.num_shards) if (problem := self._problem(shard))}
+    def check(self, expected: Expected | None = None) -> dict[int, str]:
+        """Unfinished shards and why: ``{number: 'missing' | what is wrong with it}``; reads every byte.
 
-    def _problem(self, shard: int) -> str | None:
+        Args:
+            expected: what the values have to be like; None: only that they can be read.
+        """
+        return {shard: problem for shard in range(self.num_shards) if (problem := self._problem(shard, expected))}
+
+    def _problem(self, shard: int, expected: Expected | None) -> str | None:
         path = self.path_of(shard)
-        if not path.is_file():
+        if not path.exists():
             return 'missing'
         checksum = path.with_name(path.name + '.sha256')
         try:
+            if not path.is_file():
+                return 'is not a file'
+            if path.stat().st_size > _LARGEST_SHARD:
+                return f'has {path.stat().st_size:,} bytes'
             content = path.read_bytes()
             if not checksum.is_file():
                 return 'has no checksum'
-            if checksum.read_text().split()[:1] != [hashlib.sha256(content).hexdigest()]:
+            with open(checksum, 'rb') as file:
+                recorded = file.read(100).split()[:1]
+            if recorded != [hashlib.sha256(content).hexdigest().encode()]:
                 return 'is damaged: its SHA-256 is not the recorded one'
             metadata = pq.read_metadata(pa.BufferReader(content)).metadata or {}
-        except (OSError, pa.ArrowException) as error:
-            return f'cannot be read: {error}'
-        if metadata.get(b'store') != self._mark or metadata.get(b'shard') != str(shard).encode():
-            return 'is foreign: it belongs to another store or place'
-        return None
+            if metadata.get(b'store') != self._mark or metadata.get(b'shard') != str(shard).encode():
+                return 'is foreign: it belongs to another store or place'
+            candidates = _decode(content, len(self.images_of(shard)))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            return f'cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}'
+        if expected is None:
+            return None
+        return expected.problem(candidates, self.images_of(shard), self.fingerprint['score_floor'])
 
     @property
     def _mark(self) -> bytes:
@@ -202,7 +267,13 @@ class CandidateStore:
     def __iter__(self) -> Iterator[Candidates]:
         """Candidates shard by shard, in data set order."""
         for shard in range(self.num_shards):
-            yield _decode(self.path_of(shard))
+            path = self.path_of(shard)
+            try:
+                yield _decode(path.read_bytes(), len(self.images_of(shard)))
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ReevaluationError(
+                    f'{path} cannot be read: {error}; run again, and it is computed anew'
+                ) from error
 
     def load(self) -> Candidates:
         """Read everything into flat arrays."""
@@ -262,23 +333,51 @@ def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memor
     return memoryview(sink.getvalue())
 
 
-def _decode(path: Path) -> Candidates:
-    try:
-        table = pq.read_table(path, use_threads=False).combine_chunks()
-    except (OSError, pa.ArrowException) as error:
-        raise ReevaluationError(f'{path} cannot be read: {error}; run again, and it is computed anew') from error
+def _decode(content: bytes, num_images: int) -> Candidates:
+    """The candidates of a shard; sizes and types are looked at before anything is laid out.
 
-    def flat(name: str) -> Any:
-        column = table[name]
-        return (column.chunk(0) if column.num_chunks else column.combine_chunks()).flatten().to_numpy()
-
-    lists = table['score'].chunk(0)
-    offsets = lists.offsets.to_numpy().astype(np.int64)
+    Raises:
+        ValueError, pa.ArrowException: it is not what :func:`_encode` makes of so many images.
+    """
+    file = pq.ParquetFile(pa.BufferReader(content))
+    metadata = file.metadata
+    if metadata.num_rows != num_images:
+        raise ValueError(f'it has {metadata.num_rows} rows for {num_images} images')
+    schema, ids = file.schema_arrow, (pa.int64(), pa.string())
+    kinds = dict.fromkeys(_FLOATS, pa.float32()) | dict(label=pa.int32())
+    if schema.names != ['img_id', 'height', 'width', *kinds] or schema.field('img_id').type not in ids:
+        raise ValueError(f'its columns are {", ".join(schema.names)[:200]}')
+    if any(schema.field(name).type != pa.int32() for name in ('height', 'width')) or any(
+        not pa.types.is_list(schema.field(name).type) or schema.field(name).type.value_type != kind
+        for name, kind in kinds.items()
+    ):
+        raise ValueError('its columns are of other types')
+    for group in range(metadata.num_row_groups):
+        columns = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+        if max(column.num_values for column in columns) > num_images * _MOST_CANDIDATES:
+            raise ValueError('it has more candidates than there can be')
+        if max(column.total_uncompressed_size for column in columns) > max(_LARGEST_SHARD, 64 * len(content)):
+            raise ValueError('it is larger than it can be')
+    table = file.read(use_threads=False).combine_chunks()
+    if any(table[name].null_count for name in table.column_names):
+        raise ValueError('values are missing')
+    lists = {name: table[name].chunk(0) for name in kinds}
+    if any(one.flatten().null_count for one in lists.values()):
+        raise ValueError('values are missing')
+    offsets = lists['score'].offsets.to_numpy().astype(np.int64)
+    if any(not np.array_equal(np.diff(one.offsets.to_numpy()), np.diff(offsets)) for one in lists.values()):
+        raise ValueError('the lists of an image are not of one length')
     return Candidates(
         table['img_id'].to_pylist(),
         np.stack([table['height'].to_numpy(), table['width'].to_numpy()], 1),
         offsets - offsets[0],
-        np.stack([flat(name) for name in _FLOATS[:4]], 1),
-        flat('score'),
-        flat('label').astype(np.int64),
+        np.stack([lists[name].flatten().to_numpy() for name in _FLOATS[:4]], 1),
+        lists['score'].flatten().to_numpy(),
+        lists['label'].flatten().to_numpy().astype(np.int64),
     )
+
+
+def _make_way(path: Path) -> None:
+    """Remove a folder that stands in the place of a file of the store."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)

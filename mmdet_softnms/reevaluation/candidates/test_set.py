@@ -10,6 +10,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates.images import ImageReader
+from mmdet_softnms.registry import default_scope_of
 
 
 def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') -> BaseDataset:
@@ -17,7 +19,7 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
 
     Args:
         cfg: the user's config.
-        check_images: whether every image has to be on disk.
+        check_images: whether every image that is read from disk has to be there.
         split: ``'val'``: that of ``cfg.val_dataloader`` instead.
 
     Raises:
@@ -27,7 +29,7 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     key = f'{split}_dataloader'
     if cfg.get(key) is None:
         raise ReevaluationError(f'the config has no {key}, so there is nothing to evaluate on')
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(default_scope_of(cfg))
     dataset_cfg = copy.deepcopy(cfg[key].dataset)
     remedy = f'put the data there or correct {key}.dataset.data_root / ann_file (--cfg-options)'
     try:
@@ -36,6 +38,8 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     except FileNotFoundError as error:
         raise ReevaluationError(f'the annotations of the {split} set cannot be read: {error}; {remedy}') from error
     except Exception as error:  # whatever a data set raises while it reads its annotations is about them
+        if 'registry' in str(error):  # mmengine's words for a type that it does not find
+            remedy = 'correct its types, default_scope or custom_imports'
         raise ReevaluationError(
             f'the {split} set ({dataset_cfg.get("type")}, annotations {_annotations(dataset_cfg)}) cannot be built: '
             f'{type(error).__name__}: {error}; {remedy}'
@@ -43,12 +47,19 @@ def build_test_set(cfg: Config, check_images: bool = True, split: str = 'test') 
     if len(dataset) == 0:
         raise ReevaluationError(f'the {split} set {dataset_cfg.get("ann_file")} holds no image')
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    if any('img_id' not in info for info in infos):  # ODVGDataset, say
+        raise ReevaluationError(
+            f'the {split} set ({dataset_cfg.get("type")}) gives its images no img_id, without which no detection finds '
+            'its ground truth; use a data set class with image ids, as CocoDataset'
+        )
     if len({info['img_id'] for info in infos}) < len(infos):
         raise ReevaluationError(f'image ids of the {split} set are not unique; evaluate its parts one by one')
-    paths = [info['img_path'] for info in infos if '://' not in info['img_path']]
-    if check_images and (missing := [path for path in paths if not osp.isfile(path)]):
+    # Images that a storage backend reads (backend_args) are left to the forward pass, which names the first one.
+    reader = ImageReader(dataset)
+    missing = [paths[0] for number in range(len(infos)) if check_images and (paths := reader.missing(number))]
+    if missing:
         raise ReevaluationError(
-            f'{len(missing)} of {len(paths)} {split} images are missing, first {missing[0]}; put them there or correct '
+            f'{len(missing)} of {len(infos)} {split} images are missing, first {missing[0]}; put them there or correct '
             f'{key}.dataset.data_root / data_prefix (--cfg-options)'
         )
     return dataset

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
+from mmdet_softnms.reevaluation.scoring.compiled import compiled
 from mmdet_softnms.reevaluation.scoring.matching import Matches
-from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, RECALLS
-
-#: What settings can be chosen by, and the IoU thresholds (positions in IOU_THRS) it is the mean over.
-CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
+from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA, IOU_THRS, RECALLS
 
 
 def bootstrap_weights(num_images: int, resamples: int, seed: int) -> np.ndarray:
@@ -47,7 +45,7 @@ def weighted_ap(
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _weighted_ap(image, true, ignored, starts, counts, weights, folds, num_folds, chosen, recalls):  # type: ignore[no-untyped-def]
     num_resamples, (num_images, num_classes) = len(weights), counts.shape
     result = np.zeros((num_resamples, num_folds + 1))
@@ -115,7 +113,7 @@ def _weighted_ap(image, true, ignored, starts, counts, weights, folds, num_folds
     return result
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(nogil=True)
 def _interpolated(precision, recall, hits, recalls):  # type: ignore[no-untyped-def]
     """COCO's AP of one class: mean over recall levels of the best precision at that recall or more."""
     total, best, level = 0.0, 0.0, len(recalls) - 1
@@ -162,7 +160,7 @@ def image_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
     return _image_ap(matches.true[order], matches.ignored[order], starts, counts, len(IOU_THRS), RECALLS)
 
 
-@numba.njit(cache=True)
+@compiled
 def _image_ap(true, ignored, starts, counts, num_thresholds, recalls):  # type: ignore[no-untyped-def]
     num_images, num_classes = counts.shape
     result = np.full(num_images, -1.0)

@@ -26,12 +26,13 @@ import numpy as np
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.forward import collect
-from mmdet_softnms.reevaluation.choice.plan import Plan, check_choice
+from mmdet_softnms.reevaluation.choice.plan import TuningSplit
 from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, pool_folds, weighted_ap
-from mmdet_softnms.reevaluation.result import Progress, Reevaluation, no_candidates
+from mmdet_softnms.reevaluation.request import Listener, Request, check_choice
+from mmdet_softnms.reevaluation.result import Reevaluation, no_candidates
 from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects
 from mmdet_softnms.reevaluation.scoring.metrics import read_ground_truth
-from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.settings import Setting, baseline_of
 from mmdet_softnms.reevaluation.scoring.sweep import match_all
 
 
@@ -118,7 +119,7 @@ def select(
     random = np.random.default_rng(seed)
     folds = random.permutation(num_images) % num_folds
     weights = bootstrap_weights(num_images, resamples, seed + 1)
-    baseline_of = [_baseline_of(setting, settings) for setting in settings]
+    baseline_numbers = [_baseline_number(setting, settings) for setting in settings]
     grid = np.array([number for number, setting in enumerate(settings) if setting.source != 'config'])
     run = functools.partial(_in_threads, threads=threads, progress=progress)
     with_folds = num_folds if tuning is None else 0
@@ -134,18 +135,20 @@ def select(
     values = run(jobs)
     report = np.stack([value[:, -1] for value in values[: len(settings)]], 1)  # (B + 1, S), all images
     names = list(labels or (setting.name for setting in settings))
-    each = [_difference(name, report[:, number], report[:, baseline_of[number]]) for number, name in enumerate(names)]
+    each = [
+        _difference(name, report[:, number], report[:, baseline_numbers[number]]) for number, name in enumerate(names)
+    ]
     if tuning is not None:
         tuned = np.stack([value[:, -1] for value in values[len(settings) :]], 1)
         best = grid[tuned[:, grid].argmax(1)]
         rows = np.arange(resamples + 1)
-        procedure = _difference('procedure', report[rows, best], report[rows, np.array(baseline_of)[best]])
+        procedure = _difference('procedure', report[rows, best], report[rows, np.array(baseline_numbers)[best]])
         return Selection(criterion, 'a split of its own', procedure, each, int(best[0]), [], resamples)
     without = np.stack([value[:, :-1] for value in values], 2)  # (B + 1, folds, S)
     best = grid[without[:, :, grid].argmax(2)]  # (B + 1, folds)
     pooled, pooled_baseline = (
         _pooled_ap(matches, choice, objects, weights, folds, criterion, threads)
-        for choice in (best, np.array(baseline_of)[best])
+        for choice in (best, np.array(baseline_numbers)[best])
     )
     return Selection(
         criterion,
@@ -195,15 +198,11 @@ def _in_threads(
     return results
 
 
-def _baseline_of(setting: Setting, settings: Sequence[Setting]) -> int:
-    """Position of a setting's baseline: that of its group, or for the config's own row the first where it has none."""
-    baselines = [number for number, one in enumerate(settings) if one.is_baseline]
-    for number in baselines:
-        if settings[number].group == setting.group:
-            return number
-    if setting.source == 'config' and baselines:
-        return baselines[0]
-    raise ReevaluationError(f'there is no hard NMS at IoU 0.5 with score_thr, max_per_img of {setting.group}')
+def _baseline_number(setting: Setting, settings: Sequence[Setting]) -> int:
+    baseline = baseline_of(setting, settings)
+    if baseline is None:
+        raise ReevaluationError(f'there is no hard NMS at IoU 0.5 with score_thr, max_per_img of {setting.group[:2]}')
+    return next(number for number, other in enumerate(settings) if other is baseline)
 
 
 def _difference(name: str, values: np.ndarray, baseline: np.ndarray) -> Difference:
@@ -212,64 +211,57 @@ def _difference(name: str, values: np.ndarray, baseline: np.ndarray) -> Differen
 
 
 def choose(
-    result: Reevaluation,
-    plan: Plan,
-    checkpoint: str | Path,
-    work_dir: str | Path,
-    *,
-    processes: int | None = None,
-    trust_checkpoint: bool = False,
-    progress: Progress = lambda what, done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    request: Request, result: Reevaluation, split: TuningSplit | None, folder: Path, listener: Listener
 ) -> Selection:
     """Choose among the rows of a re-evaluation, honestly (:mod:`mmdet_softnms.reevaluation.choice.selection`).
 
     Args:
-        result: of :func:`reevaluate`.
-        plan: of :func:`plan_choice` with the same config.
-        checkpoint, work_dir, processes, trust_checkpoint, progress, say: as of :func:`reevaluate`.
+        request: what was asked, with a ``select``.
+        result: its rows.
+        split: of :func:`mmdet_softnms.reevaluation.choice.plan.plan_choice`.
+        folder: for the candidates of the split.
+        listener: hears of the progress.
 
     Raises:
         ReevaluationError: there is no candidate to choose by.
     """
-    session = result.session
     if not result.num_candidates:
         raise ReevaluationError(f'nothing can be chosen: {no_candidates(result.store)}')
-    threads = processes or os.cpu_count() or 1
+    settings, session = result.settings, result.session
     matches = match_all(
-        session.candidates, session.settings, session.truth, processes=processes,
-        progress=functools.partial(progress, 'matching'),
-    )  # fmt: skip
+        session.candidates, settings, session.truth, processes=request.processes, progress=listener.bar('matching')
+    )
     tuning = None
-    if plan.val_set is not None and plan.val_cfg is not None:
-        truth = read_ground_truth(plan.val_cfg, plan.val_set)
+    if split is not None:
+        truth = read_ground_truth(split.cfg, split.dataset)
         collected = collect(
-            plan.val_cfg,
-            checkpoint,
-            min(setting.score_thr for setting in session.settings),
-            Path(work_dir) / 'candidates',
-            dataset=plan.val_set,
-            trust_checkpoint=trust_checkpoint,
-            progress=functools.partial(progress, 'forward pass on the tuning split, batches'),
-            say=say,
+            split.cfg,
+            request.checkpoint,
+            request.score_floor,
+            folder / 'candidates',
+            dataset=split.dataset,
+            trust_checkpoint=request.trust_checkpoint,
+            progress=listener.bar('forward pass on the tuning split, batches'),
+            say=listener.say,
         )
-        found = match_all(collected.store.load(), session.settings, truth, processes=processes)
+        found = match_all(collected.store.load(), settings, truth, processes=request.processes)
         tuning = found, Objects.of(truth)
+    assert request.select is not None
     selection = select(
-        session.settings,
+        settings,
         matches,
         Objects.of(session.truth),
         tuning=tuning,
-        criterion=plan.criterion,
-        num_folds=plan.num_folds,
-        resamples=plan.resamples,
-        threads=threads,
-        progress=functools.partial(progress, 'bootstrap'),
+        criterion=request.select,
+        num_folds=request.folds,
+        resamples=request.resamples,
+        threads=request.processes or os.cpu_count() or 1,
+        progress=listener.bar('bootstrap'),
     )
     for difference, row in zip(selection.settings, result.rows, strict=True):
-        if abs(difference.value - row.metrics[plan.criterion]) > 1e-9:
+        if abs(difference.value - row.metrics[request.select]) > 1e-9:
             raise RuntimeError(
-                f'{row.params}: {plan.criterion} is {row.metrics[plan.criterion]} by faster-coco-eval, but '
+                f'{row.params}: {request.select} is {row.metrics[request.select]} by faster-coco-eval, but '
                 f'{difference.value} by the matching of the bootstrap; please report this'
             )
     return selection

@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from mmdet_softnms.reevaluation.report.table import baseline_of, varied_thresholds
+from mmdet_softnms.reevaluation.report.table import baseline_row
 from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, IOU_THRS, RECALLS
+from mmdet_softnms.reevaluation.scoring.settings import varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 _MAX_BARS = 40  # classes in the bar chart; beyond, the largest gains and losses
@@ -46,7 +47,7 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
     points = sorted(points, key=lambda point: point[0])
     values = [value for value, _ in points]
     symbol = {'sigma': 'σ', 'iou_threshold': 'N_t (IoU threshold)'}.get(name, name)
-    baseline = baseline_of(points[0][1], rows)
+    baseline = baseline_row(points[0][1], rows)
     figure = Figure(figsize=(12, 4.2), layout='constrained')
     absolute, gains = figure.subplots(1, 2)
     for axes, reference in ((absolute, None), (gains, baseline)):
@@ -60,19 +61,20 @@ def _sensitivity_figure(key: tuple[str, str, str], points: Sequence[tuple[float,
             axes.plot(values, [100 * value for value in values_of], **style)
         if min(values) > 0 and max(values) / min(values) >= 100:
             axes.set_xscale('log')
-        axes.set(xlabel=symbol, ylabel='%' if reference is None else 'points over hard NMS, IoU 0.5')
+        axes.set(xlabel=plain(symbol), ylabel='%' if reference is None else 'points over hard NMS, IoU 0.5')
         axes.grid(alpha=0.3)
     if baseline is not None:
         absolute.axhline(100 * baseline.metrics['AP'], color='black', ls='--', lw=1, label='AP of hard NMS, IoU 0.5')
         gains.axhline(0, color='black', ls='--', lw=1)
-    figure.suptitle(' '.join(word for word in (rule, method, 'over', symbol, _at(name, points[0][1], rows)) if word))
+    words = (rule, method, 'over', symbol, _at(name, points[0][1], rows))
+    figure.suptitle(plain(' '.join(word for word in words if word)))
     figure.legend(*absolute.get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
     return figure
 
 
 def _at(swept: str, row: Row, rows: Sequence[Row]) -> str:
     """The thresholds of a curve, where the table has several and they are not what is swept."""
-    several = [name for name in varied_thresholds(rows) if name != swept]
+    several = [name for name in varied_thresholds(other.setting for other in rows) if name != swept]
     return f'at {", ".join(f"{name} {row.params[name]:g}" for name in several)}' if several else ''
 
 
@@ -84,7 +86,7 @@ def precision_recall_figure(baseline: Row, best: Row) -> Figure:
         colour = colormaps['tab10'](number)
         for row, style in ((baseline, '--'), (best, '-')):
             if name in row.precision:
-                label = f'IoU {int(name[2:]) / 100:.2f}, {"hard NMS" if row is baseline else row.rule}'
+                label = f'IoU {int(name[2:]) / 100:.2f}, {"hard NMS" if row is baseline else plain(row.rule)}'
                 axes.plot(RECALLS, row.precision[name], style, color=colour, lw=1.5, label=label)
     axes.set(
         title='Precision over recall, mean of classes', xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02)
@@ -106,8 +108,7 @@ def class_gain_figure(baseline: Row, best: Row) -> Figure:
     shown = gains if len(gains) <= _MAX_BARS else gains[: _MAX_BARS // 2] + gains[-_MAX_BARS // 2 :]
     figure = Figure(figsize=(6.4, max(2.0, 0.8 + 0.2 * len(shown))), layout='constrained')
     axes = figure.subplots()
-    # Escaped: matplotlib takes a pair of dollars in a class name for mathematics.
-    names = [name.replace('$', r'\$') for _, name in shown]
+    names = [plain(name) for _, name in shown]
     axes.barh(
         range(len(shown)),
         [gain for gain, _ in shown],
@@ -122,6 +123,11 @@ def class_gain_figure(baseline: Row, best: Row) -> Figure:
     if math.isclose(spread, 0.0):
         axes.set_xlim(-1, 1)
     return figure
+
+
+def plain(text: str) -> str:
+    """A name as it is: matplotlib takes a pair of dollars for mathematics."""
+    return text.replace('$', r'\$')
 
 
 def svg_url(figure: Figure) -> str:

@@ -1,5 +1,6 @@
 """A re-evaluation as people and programs read it: tables, ``reevaluation.json``, and one self-contained HTML page."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ from mmdet_softnms.reevaluation.report.figures import (
 from mmdet_softnms.reevaluation.report.pictures import COLOURS, PICTURE_SCORE_THR, Picture, draw_pictures
 from mmdet_softnms.reevaluation.report.table import (
     ALL_COLUMNS,
-    baseline_of,
+    baseline_row,
     best_row,
     cell,
+    columns_of,
     full_label,
     interval_cells,
-    is_baseline,
     notes,
-    row_label,
 )
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.sweep import Row
@@ -55,15 +55,13 @@ def write_report(
         OSError: no permission or no space; earlier files are intact.
     """
     rows = result.rows
-    best = best_row(rows) if selection is None or is_baseline(rows[selection.chosen]) else rows[selection.chosen]
-    columns = [column for column in ALL_COLUMNS if column in rows[0].metrics]
-    baseline = baseline_of(best, rows) or rows[0]
+    best = best_row(rows) if selection is None or rows[selection.chosen].setting.is_baseline else rows[selection.chosen]
+    columns = columns_of(rows, ALL_COLUMNS)
+    baseline = baseline_row(best, rows) or rows[0]
     pictures: list[Picture] = []
     remark = ''
     if best is not baseline:
-        settings = result.session.settings
-        pair = [settings[rows.index(baseline)], settings[rows.index(best)]]
-        pictures, remark = draw_pictures(result.session, pair[0], pair[1], num_pictures)
+        pictures, remark = draw_pictures(result.session, baseline.setting, best.setting, num_pictures)
     heading, intervals = interval_cells(rows, selection)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('mmdet_softnms.reevaluation.report', '.'),
@@ -89,9 +87,9 @@ def write_report(
         colours=COLOURS,
     )
     paths = [work_dir / 'report.html', work_dir / 'report.md']
-    write_whole(paths[0], page.encode())
+    write_whole(paths[0], page.encode(errors='backslashreplace'))  # a file name may be no text
     text = markdown(result, title=title, command=command, selection=selection, selection_words=selection_words)
-    write_whole(paths[1], text.encode())
+    write_whole(paths[1], text.encode(errors='backslashreplace'))
     return paths
 
 
@@ -99,27 +97,44 @@ def markdown(
     result: Reevaluation, *, title: str, command: str, selection: Selection | None = None, selection_words: str = ''
 ) -> str:
     """The table for an issue, a pull request or a README; arguments as in :func:`write_report`."""
-    columns = [column for column in ALL_COLUMNS if column in result.rows[0].metrics]
+    columns = columns_of(result.rows, ALL_COLUMNS)
     heading, intervals = interval_cells(result.rows, selection)
-    lines = [f'# {title}', '', f'`{command}`', '', result.dataset, '']
+    lines = [f'# {_escaped(title)}', '', _code(command), '', _escaped(result.dataset), '']
     lines.append('| ' + ' | '.join(['rule', 'score_thr', 'max_per_img', *columns, *heading]) + ' |')
     lines.append('|---' * 3 + '|--:' * (len(columns) + len(heading)) + '|')
     for row, more in zip(result.rows, intervals, strict=True):
-        baseline = baseline_of(row, result.rows)
+        baseline = baseline_row(row, result.rows)
         around = [f'{row.params["score_thr"]:g}', str(row.params['max_per_img'])]
         cells = []
         for column in columns:
             value, _, difference = cell(row, baseline, column).partition(' ')
             cells.append(f'{value} ({difference})' if difference else value)
-        lines.append('| ' + ' | '.join([row_label(row), *around, *cells, *more]) + ' |')
-    lines += ['', *(f'{line}  ' for line in notes(result))]
+        lines.append('| ' + ' | '.join([_escaped(row.setting.label), *around, *cells, *more]) + ' |')
+    lines += ['', *(f'{_escaped(line)}  ' for line in notes(result))]
     if selection_words:
-        lines += ['', '```', selection_words.rstrip(), '```']
+        fence = _fence(selection_words, 3)
+        lines += ['', fence, selection_words.rstrip(), fence]
     return '\n'.join(lines) + '\n'
 
 
+def _escaped(text: str) -> str:
+    """Text as Markdown: nothing in it becomes a cell, a link, emphasis, mathematics, HTML or another line."""
+    return re.sub(r'([\\`*|<>&$#~\[\]]|(?<!\w)_|_(?!\w))', r'\\\1', ' '.join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Text as a code span of one line."""
+    text, fence = ' '.join(text.split()), _fence(text, 1)
+    return f'{fence} {text} {fence}' if '`' in text else f'{fence}{text}{fence}'
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than the text has in a row."""
+    return '`' * max([least, *(len(run) + 1 for run in re.findall('`+', text))])
+
+
 def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
-    baseline = baseline_of(row, rows)
+    baseline = baseline_row(row, rows)
     cells = []
     for column in columns:
         value, _, difference = cell(row, baseline, column).partition(' ')
@@ -127,11 +142,11 @@ def _html_row(row: Row, rows: Sequence[Row], columns: Sequence[str], more: Seque
         cells.append(dict(value=value, difference=difference, sign=sign))
     cells += [dict(value=text, difference='', sign='') for text in more]
     return dict(
-        label=row_label(row),
+        label=row.setting.label,
         score_thr=f'{row.params["score_thr"]:g}',
         max_per_img=row.params['max_per_img'],
         cells=cells,
         seconds=f'{row.seconds:.2f}',
-        baseline=is_baseline(row),
+        baseline=row.setting.is_baseline,
         config=row.source == 'config',
     )

@@ -21,6 +21,7 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 
 from mmdet_softnms.reevaluation.choice.resampling import image_ap
+from mmdet_softnms.reevaluation.report.figures import plain
 from mmdet_softnms.reevaluation.result import Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects, match, match_image
 from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS
@@ -76,8 +77,8 @@ def draw_pictures(session: Session, before: Setting, after: Setting, number: int
     pictures, missing = [], 0
     for image in chosen:
         try:
-            picture = mmcv.imread(session.image_paths[image], channel_order='rgb')
-        except OSError:
+            picture = mmcv.imfrombytes(session.read_image(image), channel_order='rgb')
+        except Exception:  # storage backends and OpenCV raise errors of their own
             picture = None
         if picture is None:  # gone since, or damaged
             missing += 1
@@ -167,7 +168,7 @@ def _draw(picture: np.ndarray, result: InstanceData, kinds: list[tuple[int, str,
         colour, width = COLOURS[kind], 1 if kind == 'false' else 3
         visualizer.draw_bboxes(box[None], edge_colors=[colour], line_widths=width, alpha=1.0)
         if kind != 'false':
-            name = classes[int(result.labels[row])].replace('$', r'\$')  # a pair would be mathematics to matplotlib
+            name = plain(classes[int(result.labels[row])])
             visualizer.draw_texts(
                 f'{name} {float(result.scores[row]):.2f}{remark}',
                 box[:2] + 2,

@@ -3,16 +3,29 @@
 from collections.abc import Sequence
 
 from mmengine.config import Config
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.result import Reevaluation
+from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS
+from mmdet_softnms.reevaluation.scoring.settings import baseline_of, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 #: Columns of the table on the screen; those no row has are left out.
 COLUMNS = ('AP', 'AP50', 'AP75', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
 #: Columns of the report.
 ALL_COLUMNS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
+#: Metrics that are shares, and shown in %; any other is a configured evaluator's and shown as it gives it.
+SHARES = {*COCO_STATS, *AP_NAMES, 'VOC07_AP50', 'VOC12_AP50'}
+
+
+def columns_of(rows: Sequence[Row], ours: Sequence[str], most: int | None = None) -> list[str]:
+    """Columns that the rows have: ours, then the configured evaluator's, at most so many of these."""
+    metrics = rows[0].metrics
+    return [one for one in ours if one in metrics] + [one for one in metrics if one not in SHARES][:most]
 
 
 def to_table(result: Reevaluation, selection: Selection | None = None) -> Table:
@@ -45,8 +58,8 @@ def notes(result: Reevaluation) -> list[str]:
 
 
 def _about_own_row(rows: Sequence[Row]) -> str:
-    own, first = rows[-1], baseline_of(rows[-1], rows)
-    if first is None or _group(first) == _group(own):
+    own, first = rows[-1], baseline_row(rows[-1], rows)
+    if first is None or first.setting.group == own.setting.group:
         return 'The last row is the setting of the config.'
     return 'The last row is the setting of the config, with thresholds of its own; its difference is to the first row.'
 
@@ -58,23 +71,29 @@ def rows_table(
     among: Sequence[Row] | None = None,
     selection: Selection | None = None,
 ) -> Table:
-    """Rows as a table for a terminal; baselines are looked for among all rows, where these are only some of them."""
-    table = Table(title=title, caption=caption, caption_justify='left')
-    columns = [column for column in COLUMNS if column in rows[0].metrics]
+    """Rows as a table for a terminal; baselines are looked for among all rows, where these are only some of them.
+
+    Everything is text as it is: the name of a file, a class or a rule may look like rich's markup.
+    """
+    table = Table(title=Text(title, 'table.title'), caption=Text(caption, 'table.caption'), caption_justify='left')
+    columns = columns_of(rows, COLUMNS, 6)
     heading, intervals = interval_cells(rows, selection)
     table.add_column('rule', no_wrap=True)
     for column in ('score_thr', 'max_per_img', *columns, *heading, 'suppression s'):
-        table.add_column(column, justify='right', no_wrap=True)
+        table.add_column(escape(column), justify='right', no_wrap=True)
     for number, (row, following) in enumerate(zip(rows, [*rows[1:], None], strict=True)):
-        baseline = baseline_of(row, among or rows)
-        table.add_row(
-            row_label(row),
+        baseline = baseline_row(row, among or rows)
+        cells = [
+            row.setting.label,
             f'{row.params["score_thr"]:g}',
             str(row.params['max_per_img']),
             *(cell(row, baseline, column) for column in columns),
             *intervals[number],
             f'{row.seconds:.2f}',
-            end_section=row is baseline or (following is not None and is_baseline(following)),
+        ]
+        table.add_row(
+            *map(Text, cells),
+            end_section=row is baseline or (following is not None and following.setting.is_baseline),
         )
     return table
 
@@ -84,69 +103,38 @@ def interval_cells(rows: Sequence[Row], selection: Selection | None) -> tuple[li
     if selection is None:
         return [], [[] for _ in rows]
     cells = [
-        '' if is_baseline(row) else f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
+        '' if row.setting.is_baseline else f'[{100 * one.low:+.2f}, {100 * one.high:+.2f}]'
         for row, one in zip(rows, selection.settings, strict=True)
     ]
     return [f'{selection.criterion} gain, 95 %'], [[cell] for cell in cells]
 
 
-def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row that differences refer to: hard NMS of the same thresholds; for a config's row without one, the first."""
-    baselines = [one for one in rows if is_baseline(one)]
-    for one in baselines:
-        if _group(one) == _group(row):
-            return one
-    return baselines[0] if row.source == 'config' and baselines else None
-
-
-def is_baseline(row: Row) -> bool:
-    """Hard NMS at IoU 0.5 of the table."""
-    return (
-        row.rule == 'HardNMS'
-        and row.source == 'table'
-        and row.params['iou_threshold'] == 0.5
-        and not row.params['offset']
-    )
-
-
-def _group(row: Row) -> tuple[float, int]:
-    return row.params['score_thr'], row.params['max_per_img']
+def baseline_row(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row that differences refer to (:func:`mmdet_softnms.reevaluation.scoring.settings.baseline_of`)."""
+    baseline = baseline_of(row.setting, (other.setting for other in rows))
+    return next((other for other in rows if other.setting is baseline), None)
 
 
 def best_row(rows: Sequence[Row]) -> Row:
     """The row of the table, baselines aside, with the highest AP."""
-    others = [row for row in rows if row.source == 'table' and not is_baseline(row)]
+    others = [row for row in rows if row.source == 'table' and not row.setting.is_baseline]
     return max(others, key=lambda row: row.metrics['AP']) if others else rows[0]
 
 
 def full_label(row: Row, rows: Sequence[Row]) -> str:
-    """:func:`row_label`, with ``score_thr`` and ``max_per_img`` where the table has several of them."""
-    return ' '.join([row_label(row), *(f'{name}={row.params[name]:g}' for name in varied_thresholds(rows))])
-
-
-def varied_thresholds(rows: Sequence[Row]) -> list[str]:
-    """The thresholds around the rules of which the table has several values."""
-    table = [row for row in rows if row.source == 'table']
-    return [name for name in ('score_thr', 'max_per_img') if len({row.params[name] for row in table}) > 1]
-
-
-def row_label(row: Row) -> str:
-    """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, thresholds around it left to their columns."""
-    params = {name: value for name, value in row.params.items() if name not in ('score_thr', 'max_per_img')}
-    if not params.get('offset', 1):
-        del params['offset']
-    words = [str(params.pop('method'))] if 'method' in params else []
-    words += [f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}' for name, value in params.items()]
-    return ' '.join([row.rule, *words]) + (' (config)' if row.source == 'config' else '')
+    """The setting's label, with ``score_thr`` and ``max_per_img`` where the table has several of them."""
+    varied = varied_thresholds(other.setting for other in rows)
+    return ' '.join([row.setting.label, *(f'{name}={row.params[name]:g}' for name in varied)])
 
 
 def cell(row: Row, baseline: Row | None, column: str) -> str:
     value = row.metrics[column]
-    if value < 0:  # COCO's "no such object"
+    if value == -1:  # COCO's "no such object"
         return '-'
+    factor, digits = (100, 2) if column in SHARES else (1, 4)
     if baseline is None or row is baseline:
-        return f'{100 * value:.2f}'
-    return f'{100 * value:.2f} {100 * (value - baseline.metrics[column]):+.2f}'
+        return f'{factor * value:.{digits}f}'
+    return f'{factor * value:.{digits}f} {factor * (value - baseline.metrics[column]):+.{digits}f}'
 
 
 def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> str:
@@ -177,12 +165,9 @@ def selection_text(selection: Selection, result: Reevaluation, cfg: Config) -> s
         lines.append('Tuned suppression is significantly worse here: keep hard NMS.')
     else:
         lines.append('The difference is significant.')
-    setting = result.session.settings[selection.chosen]
-    head = {'CascadeRoIHead': 'SoftNMSCascadeRoIHead', 'DoubleHeadRoIHead': 'SoftNMSDoubleHeadRoIHead'}
-    own = cfg.model.roi_head.type.split('.')[-1]
-    name = own if cfg.model.roi_head.type.startswith('mmdet_softnms.') else head.get(own, 'SoftNMSRoIHead')
+    setting = rows[selection.chosen].setting
     lines += [f'Chosen on all tuning images: {label[selection.chosen]}. To paste into the config:', '']
-    return '\n'.join([*lines, setting.snippet(name), ''])
+    return '\n'.join([*lines, setting.snippet(family_of(cfg).written(cfg)), ''])
 
 
 def _interval(value: float, low: float, high: float) -> str:

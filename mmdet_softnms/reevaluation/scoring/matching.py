@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from mmengine.structures import InstanceData
 
+from mmdet_softnms.reevaluation.scoring.compiled import compiled
 from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, MAX_DETS, GroundTruth
 
 
@@ -115,7 +115,7 @@ def _match_all(
     return order, _match(boxes[order], cell, objects.boxes, objects.crowd, objects.starts, IOU_THRS)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _match(boxes, cells, objects, crowd, starts, thresholds):  # type: ignore[no-untyped-def]
     """COCOeval.evaluateImg over all cells; detections of one cell are neighbours, best first."""
     matched = np.full((len(boxes), len(thresholds)), -1, np.int32)

@@ -5,11 +5,9 @@ mmdet's ``CocoMetric`` and ``VOCMetric`` round to three decimals and name values
 test holds the two to 1e-9 of one another.
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import faster_coco_eval
@@ -19,15 +17,23 @@ from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.scoring.evaluators import (
+    IOU_THRS,
+    MAX_DETS,
+    Evaluators,
+    build_evaluators,
+    class_names,
+    parts_of,
+)
 
 #: ``COCOeval.stats`` at ``maxDets=(1, 10, 100)``, by position.
 COCO_STATS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
-#: The ten IoU thresholds of COCO's AP; the metric at each is called AP50, AP55, ... AP95.
-IOU_THRS = np.linspace(0.5, 0.95, 10)
+#: The metric at each of the ten IoU thresholds of COCO's AP.
 AP_NAMES = tuple(f'AP{round(100 * threshold)}' for threshold in IOU_THRS)
+#: What settings can be chosen by, and the IoU thresholds (positions in IOU_THRS) it is the mean over.
+CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
 #: Recall levels of the precision-recall curves.
 RECALLS = np.linspace(0.0, 1.0, 101)
-MAX_DETS = 100
 
 
 @dataclass
@@ -38,11 +44,12 @@ class GroundTruth:
         classes: names by label.
         coco: COCO's ``images``, ``annotations`` and ``categories``, without segmentations. Image ids are 1, 2, ... in
             the order of the data set's own ids, which is how COCO breaks ties between images.
-        image_ids: id in ``coco`` of every image.
+        image_ids: id in ``coco`` of every image of the data set, then those of images that only the evaluator knows.
         category_ids: id in ``coco`` of every label.
         voc: per image ``bboxes``, ``labels``, ``bboxes_ignore``, ``labels_ignore``; None where the data set is not
             VOC's.
         notes: what a reader of the numbers has to know.
+        no_class_ignores: ignored objects that are of no class, before they were made ones of every class.
     """
 
     classes: tuple[str, ...]
@@ -51,6 +58,7 @@ class GroundTruth:
     category_ids: list[int]
     voc: list[dict[str, np.ndarray]] | None = None
     notes: list[str] = field(default_factory=list)
+    no_class_ignores: int = 0
 
 
 @dataclass
@@ -62,127 +70,214 @@ class Scores:
     precision: dict[str, list[float]]  # per IoU threshold: mean precision over classes at each of RECALLS
 
 
-def read_ground_truth(cfg: Config, dataset: BaseDataset | ConcatDataset) -> GroundTruth:
-    """Annotated objects of the test set: of the COCO json its evaluator names, else as mmdet's data set parses them.
+def read_ground_truth(
+    cfg: Config, dataset: BaseDataset | ConcatDataset, evaluators: Evaluators | None = None
+) -> GroundTruth:
+    """Annotated objects of the test set: those of the CocoMetric that mmdet builds, else those of the data set.
 
-    Crowd, difficult and ignored objects are all COCO's ``iscrowd`` in the second case.
+    Crowd, difficult and ignored objects are all COCO's ``iscrowd`` in the second case; an ignored object of no class is
+    one of every class.
+
+    Args:
+        cfg: the user's config.
+        dataset: its test set.
+        evaluators: of the config, if they are built already.
 
     Raises:
-        ReevaluationError: not one object is annotated; the evaluator's annotation file does not exist, lacks an image,
-            or names none of the model's classes.
+        ReevaluationError: not one object is annotated; the evaluator cannot be built; its annotation file lacks an
+            image, or names none of the model's classes; the parts of the test set have different classes.
     """
-    configured = cfg.get('test_evaluator') or []
-    configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    by_type = {evaluator.get('type', '').split('.')[-1]: evaluator for evaluator in configured}
-    ann_file = by_type.get('CocoMetric', {}).get('ann_file')
+    from mmdet.datasets import XMLDataset
+
+    evaluators = evaluators or build_evaluators(cfg, dataset)
     infos = [dataset.get_data_info(number) for number in range(len(dataset))]
-    classes = tuple(dataset.metainfo.get('classes', ()))
-    truth = _from_instances(classes, infos) if ann_file is None else _from_coco_json(classes, infos, Path(ann_file))
+    classes = class_names(dataset)
+    source = annotated_by(evaluators, dataset)
+    truth = _from_apis(classes, infos, source) if source else _from_instances(classes, infos)
     if not truth.coco['annotations']:
         raise ReevaluationError('the test set has no annotated object, so nothing can be evaluated (a test-dev split?)')
-    # By name, since mmdet's data sets are slow to import and workers do without them.
-    kinds = {kind.__name__ for one in getattr(dataset, 'datasets', [dataset]) for kind in type(one).__mro__}
-    if 'XMLDataset' in kinds or 'VOCMetric' in by_type:
+    if evaluators.has_voc or any(isinstance(part, XMLDataset) for part in parts_of(dataset)):
         truth.voc = [_voc_annotation(info.get('instances', [])) for info in infos]
     return truth
 
 
 def _image_ids(img_ids: list[Any]) -> list[int]:
-    rank = {img_id: number for number, img_id in enumerate(sorted(img_ids), 1)}
+    # Strings and numbers together, as in a ConcatDataset of VOC and COCO, have an order as strings.
+    key = None if len({isinstance(img_id, str) for img_id in img_ids}) < 2 else str
+    rank = {img_id: number for number, img_id in enumerate(sorted(img_ids, key=key), 1)}
     return [rank[img_id] for img_id in img_ids]
 
 
 def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]]) -> GroundTruth:
     image_ids = _image_ids([info['img_id'] for info in infos])
     annotations: list[dict[str, Any]] = []
+    unknown = no_class_ignores = 0
     for image_id, info in zip(image_ids, infos, strict=True):
         for instance in info.get('instances', []):
+            if 'bbox' not in instance or 'bbox_label' not in instance:
+                raise ReevaluationError(
+                    f'an object of image {info["img_id"]} has no bbox or no bbox_label: boxes cannot be evaluated'
+                )
             x1, y1, x2, y2 = map(float, instance['bbox'])
-            annotations.append(
+            label, ignored = int(instance['bbox_label']), int(instance.get('ignore_flag', 0))
+            labels: Sequence[int] = [label]
+            if not 0 <= label < len(classes):
+                no_class_ignores += bool(ignored)
+                unknown += not ignored
+                labels = range(len(classes)) if ignored else []
+            annotations += [
                 dict(
-                    id=len(annotations) + 1,
+                    id=len(annotations) + number,
                     image_id=image_id,
-                    category_id=int(instance['bbox_label']) + 1,
+                    category_id=one + 1,
                     bbox=[x1, y1, x2 - x1, y2 - y1],
                     area=(x2 - x1) * (y2 - y1),
-                    iscrowd=int(instance.get('ignore_flag', 0)),
+                    iscrowd=int(bool(ignored)),
                 )
-            )
+                for number, one in enumerate(labels, 1)
+            ]
     coco = dict(
         images=[dict(id=image_id) for image_id in image_ids],
         annotations=annotations,
         categories=[dict(id=number, name=name) for number, name in enumerate(classes, 1)],
     )
-    return GroundTruth(classes, coco, image_ids, list(range(1, len(classes) + 1)))
+    truth = GroundTruth(classes, coco, image_ids, list(range(1, len(classes) + 1)), no_class_ignores=no_class_ignores)
+    if unknown:
+        truth.notes.append(f'{unknown} annotated objects have the label of no class and are left out, as mmdet does.')
+    return truth
 
 
-def _from_coco_json(classes: tuple[str, ...], infos: list[dict[str, Any]], path: Path) -> GroundTruth:
-    try:
-        content = json.loads(path.read_text())
-        categories, images = content['categories'], {image['id'] for image in content['images']}
-        annotations = content.get('annotations', [])
-    except FileNotFoundError:
-        raise ReevaluationError(
-            f'annotation file {path} of test_evaluator does not exist; correct its ann_file'
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReevaluationError(
-            f'annotation file {path} of test_evaluator is not a COCO json: {type(error).__name__}: {error}'
-        ) from error
-    img_ids = [info['img_id'] for info in infos]
-    if missing := [img_id for img_id in img_ids if img_id not in images]:
-        raise ReevaluationError(
-            f'annotation file {path} of test_evaluator lacks {len(missing)} of the {len(img_ids)} test images, first '
-            f'id {missing[0]}; evaluator and data set have to name the same annotations'
-        )
-    # As mmdet's CocoDataset: labels follow the file's order of the categories that the model knows.
-    known = [category for category in categories if category['name'] in classes]
-    if not known:
-        raise ReevaluationError(
-            f"annotation file {path} names none of the model's classes ({', '.join(classes[:3])}, ...); correct "
-            'test_dataloader.dataset.metainfo'
-        )
-    if len(known) != len(classes):
-        # mmdet numbers the categories it finds, so each label after a missing one would mean another class.
-        missing_names = sorted(set(classes) - {category['name'] for category in known})
-        raise ReevaluationError(
-            f"annotation file {path} has {len(known)} of the model's {len(classes)} classes (not "
-            f'{", ".join(missing_names[:3])}); add the others to its categories, with or without objects'
-        )
-    image_ids = _image_ids(img_ids)
-    number_of = dict(zip(img_ids, image_ids, strict=True))
-    known_ids = {category['id'] for category in known}
-    kept: list[dict[str, Any]] = []
+@dataclass
+class Annotated:
+    """A part of the test set, and the COCO metric that scores it."""
+
+    metric: Any
+    api: Any  # pycocotools' or LVIS', with the annotation file in it
+    images: range  # of the data set
+
+
+def annotated_by(evaluators: Evaluators, dataset: BaseDataset | ConcatDataset) -> list[Annotated]:
+    """The metrics whose annotation files are the ground truth: one for all, or one for each of several data sets."""
+    found = evaluators.annotated
+    if not found:
+        return []
+    if not evaluators.one_by_one and len(evaluators.metrics) > 1:
+        sizes = list(getattr(dataset, 'cumulative_sizes', []))
+        if len(found) != len(evaluators.metrics) or len(sizes) != len(found):
+            return []
+        api_of = {id(metric): api for metric, api in found}
+        return [
+            Annotated(metric, api_of[id(metric)], range(start, end))
+            for metric, start, end in zip(evaluators.metrics, [0, *sizes], sizes, strict=False)
+        ]
+    metric, api = found[0]
+    return [Annotated(metric, api, range(len(dataset)))]
+
+
+def _from_apis(classes: tuple[str, ...], infos: list[dict[str, Any]], source: list[Annotated]) -> GroundTruth:
+    """The ground truth as the metrics' own ``compute_metrics`` takes it: labels are positions in ``cat_ids``."""
+    tested = [info['img_id'] for info in infos]
+    untested: list[Any] = []
+    objects: list[tuple[Any, int, dict[str, Any]]] = []  # image id, label, annotation
+    categories: list[dict[str, Any]] = []
+    strangers: dict[Any, str] = {}
     unknown = 0
-    for one in annotations:
-        if one['image_id'] not in number_of:
-            continue
-        if one['category_id'] not in known_ids:
-            unknown += 1
-            continue
+    for part in source:
+        try:
+            known, img_ids = _known(classes, part), part.api.get_img_ids()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ReevaluationError(
+                f'the annotation file of test_evaluator is not a COCO json: {type(error).__name__}: {error}'
+            ) from error
+        names = [one['name'] for one in known]
+        if categories and names != [one['name'] for one in categories]:
+            raise ReevaluationError(
+                'the annotation files of test_evaluator have their categories in different orders, so a label means '
+                'different things in them; evaluate the parts of the test set one by one'
+            )
+        categories = categories or known
+        wanted = tested[part.images.start : part.images.stop]
+        present, here = set(img_ids), set(wanted)
+        if missing := [img_id for img_id in wanted if img_id not in present]:
+            raise ReevaluationError(
+                f'the annotation file of test_evaluator lacks {len(missing)} of the {len(wanted)} test images, first '
+                f'id {missing[0]}; evaluator and data set have to name the same annotations'
+            )
+        # Parts may share an annotation file: an image that another part tests, or has brought already, counts there.
+        mine = here | (present - {*tested, *untested})
+        untested += [img_id for img_id in img_ids if img_id in mine and img_id not in here]
+        label_of = {one['id']: label for label, one in enumerate(known)}
+        for one in part.api.dataset.get('annotations', []):
+            if one['image_id'] not in mine:
+                continue
+            if one['category_id'] in label_of:
+                objects.append((one['image_id'], label_of[one['category_id']], one))
+            elif one['image_id'] in here:
+                unknown += 1
+        strangers |= {one['id']: one['name'] for one in part.api.dataset['categories'] if one['id'] not in label_of}
+    image_ids = _image_ids([*tested, *untested])
+    number_of = dict(zip([*tested, *untested], image_ids, strict=True))
+    kept: list[dict[str, Any]] = []
+    for img_id, label, one in objects:
         if 'bbox' not in one:
-            raise ReevaluationError(f'annotation {one.get("id")} of {path} has no bbox: boxes cannot be evaluated')
-        area = one.get('area', one['bbox'][2] * one['bbox'][3])
+            raise ReevaluationError(
+                f'annotation {one.get("id")} of test_evaluator has no bbox: boxes cannot be evaluated'
+            )
         kept.append(
             dict(
                 id=len(kept) + 1,
-                image_id=number_of[one['image_id']],
-                category_id=one['category_id'],
+                image_id=number_of[img_id],
+                category_id=categories[label]['id'],
                 bbox=[float(value) for value in one['bbox']],
-                area=float(area),
+                area=float(one.get('area', one['bbox'][2] * one['bbox'][3])),
                 iscrowd=int(one.get('iscrowd', 0)),
             )
         )
-    coco = dict(images=[dict(id=image_id) for image_id in image_ids], annotations=kept, categories=known)
-    names = tuple(category['name'] for category in known)  # by label: the file's order, whatever the config's
-    truth = GroundTruth(names, coco, image_ids, [category['id'] for category in known])
+    coco = dict(
+        images=[dict(id=image_id) for image_id in image_ids],
+        annotations=kept,
+        categories=[dict(id=one['id'], name=one['name']) for one in categories],
+    )
+    labels = tuple(one['name'] for one in categories)  # by label: the evaluator's order, whatever the config's
+    truth = GroundTruth(labels, coco, image_ids, [one['id'] for one in categories])
     if unknown:
-        strangers = [category['name'] for category in categories if category['id'] not in known_ids]
+        some = list(strangers.values())
         truth.notes.append(
-            f'{unknown} annotated objects are of classes the model does not know ({", ".join(map(str, strangers[:5]))}'
-            f'{", ..." if len(strangers) > 5 else ""}) and are left out, as mmdet does.'
+            f'{unknown} annotated objects are of classes the model does not know ({", ".join(map(str, some[:5]))}'
+            f'{", ..." if len(some) > 5 else ""}) and are left out, as mmdet does.'
+        )
+    if untested:
+        truth.notes.append(
+            f'The annotation file of test_evaluator has {len(untested)} images that are not in the test set; their '
+            'objects count as missed, as in mmdet.'
         )
     return truth
+
+
+def _known(classes: tuple[str, ...], part: Annotated) -> list[dict[str, Any]]:
+    """The categories that the model knows, by label: what the metric itself asks its API for."""
+    asked = {} if hasattr(part.metric, '_lvis_api') else dict(cat_names=classes)
+    cat_ids = part.api.get_cat_ids(**asked)
+    by_id = {one['id']: one for one in part.api.dataset['categories']}
+    known = [by_id[cat_id] for cat_id in cat_ids]
+    if not known:
+        raise ReevaluationError(
+            f"the annotation file of test_evaluator names none of the model's classes ({', '.join(classes[:3])}, ...); "
+            'correct test_dataloader.dataset.metainfo'
+        )
+    if len(known) < len(classes):
+        # mmdet numbers the categories it finds, so each label after a missing one would mean another class.
+        missing = sorted(set(classes) - {one['name'] for one in known})
+        raise ReevaluationError(
+            f"the annotation file of test_evaluator has {len(known)} of the model's {len(classes)} classes (not "
+            f'{", ".join(missing[:3])}); add the others to its categories, with or without objects'
+        )
+    if len(known) > len(classes):
+        raise ReevaluationError(
+            f"the annotation file of test_evaluator has {len(known)} categories for the model's {len(classes)} "
+            'classes, one name more than once; give every category a name of its own'
+        )
+    return known
 
 
 def _voc_annotation(instances: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -247,7 +342,9 @@ class Evaluator:
 
     def _to_coco(self, results: Sequence[InstanceData]) -> list[dict[str, Any]]:
         found = []
-        for image_id, result in zip(self.truth.image_ids, results, strict=True):
+        if len(results) > len(self.truth.image_ids):
+            raise ValueError(f'{len(results)} results for {len(self.truth.image_ids)} images')
+        for image_id, result in zip(self.truth.image_ids, results, strict=False):  # behind them: images not tested
             # Widths in float64, from the float32 corners, as mmdet's CocoMetric.
             for (x1, y1, x2, y2), score, label in zip(
                 result.bboxes.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True

@@ -8,7 +8,6 @@ against the stock ``score_thr`` of 0.05 the low-score tail would be credited to 
 
 import inspect
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.fileio import load
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.registry import TASK_UTILS
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, build_rule
+from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
+from mmdet_softnms.reevaluation.scoring.grid import AROUND, read_spec, read_values
+from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
+from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
+from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
 _RANGED = ('iou_threshold', 'sigma', 'min_score')
-_AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
 
 
 @dataclass(frozen=True)
@@ -50,47 +50,91 @@ class Setting:
         return {**self.rule.params, 'score_thr': self.score_thr, 'max_per_img': self.max_per_img}
 
     @property
-    def group(self) -> tuple[float, int]:
+    def class_agnostic(self) -> bool:
+        """Whether boxes of different classes suppress each other."""
+        return bool(self.rule.params.get('class_agnostic', False))
+
+    @property
+    def group(self) -> tuple[float, int, bool]:
         """What a baseline has to share with the row for a difference to mean anything."""
-        return self.score_thr, self.max_per_img
+        return self.score_thr, self.max_per_img, self.class_agnostic
 
     @property
     def is_baseline(self) -> bool:
         """Hard NMS at IoU 0.5, the reference of its group."""
-        return type(self.rule) is HardNMS and self.source == 'table' and self.rule.params == HardNMS().params
+        if type(self.rule) is not HardNMS or self.source != 'table':
+            return False
+        return self.rule.params == HardNMS(class_agnostic=self.class_agnostic).params
 
-    def snippet(self, roi_head: str) -> str:
-        """The lines to paste into a config that has this setting; ``roi_head`` of :mod:`mmdet_softnms.models`."""
-        kind = (
-            self.name if isinstance(self.rule, MmcvNMS) else f'{type(self.rule).__module__.split(".")[0]}.{self.name}'
-        )
+    @property
+    def label(self) -> str:
+        """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, without the thresholds around it."""
+        params = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and not value)}
+        words = [str(params.pop('method'))] if 'method' in params else []
+        words += [
+            f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}' for name, value in params.items()
+        ]
+        return ' '.join([self.name, *words]) + (' (config)' if self.source == 'config' else '')
+
+    def snippet(self, head: str | Mapping[str, Any]) -> str:
+        """The lines to paste into a config that has this setting.
+
+        Args:
+            head: what the config writes for the head that takes rules: the name of one of ours, or its dict
+                (:meth:`mmdet_softnms.reevaluation.candidates.plug.Family.written`).
+        """
+        written = dict(type=f'mmdet_softnms.{head.split(".")[-1]}') if isinstance(head, str) else head
+        head_arguments = ', '.join(f'{name}={value!r}' for name, value in written.items())
+        kind = self.name if isinstance(self.rule, MmcvNMS) else resolve(type(self.rule), TASK_UTILS).type
         arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
         nms = ', '.join([f'type={kind!r}', *(f'{name}={value!r}' for name, value in arguments.items())])
         return (
-            f"model = dict(\n    roi_head=dict(type='mmdet_softnms.{roi_head.split('.')[-1]}'),\n"
-            f'    test_cfg=dict(rcnn=dict(score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n'
-            f'        _delete_=True, {nms}))))'
+            f'model = dict(\n    {ROI_HEADS.part}=dict({head_arguments}),\n'
+            f'    test_cfg=dict({ROI_HEADS.key}=dict('
+            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
         )
+
+
+def baseline_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None:
+    """The setting that differences refer to: the baseline of its group.
+
+    The config's setting is compared with the first baseline where its group has none; None where there is none at all.
+    """
+    baselines = [other for other in settings if other.is_baseline]
+    for baseline in baselines:
+        if baseline.group == setting.group:
+            return baseline
+    return baselines[0] if setting.source == 'config' and baselines else None
+
+
+def varied_thresholds(settings: Iterable[Setting]) -> list[str]:
+    """The thresholds around the rules of which a table has several values."""
+    table = [setting for setting in settings if setting.source == 'table']
+    return [name for name in ('score_thr', 'max_per_img') if len({getattr(one, name) for one in table}) > 1]
 
 
 def check_thresholds(score_thr: float, max_per_img: int) -> None:
     """Raise a ReevaluationError for thresholds out of range."""
     if isinstance(score_thr, bool) or not isinstance(score_thr, (int, float)) or not 0 <= score_thr < 1:
         raise ReevaluationError(f'score_thr must be in [0, 1), got {score_thr!r}')
-    if isinstance(max_per_img, bool) or not isinstance(max_per_img, int) or (max_per_img < 1 and max_per_img != -1):
+    if isinstance(max_per_img, bool) or not isinstance(max_per_img, int) or max_per_img < -1:
         raise ReevaluationError(
-            f'max_per_img must be a whole number of at least 1, or -1 for no limit, got {max_per_img!r}'
+            f'max_per_img must be a whole number of at least 1, or 0 or -1 for no limit, got {max_per_img!r}'
         )
 
 
-def default_settings(cfg: Config, score_thr: float, max_per_img: int, min_score: float) -> list[Setting]:
+def default_settings(
+    cfg: Config, score_thr: float, max_per_img: int, min_score: float, class_agnostic: bool = False
+) -> list[Setting]:
     """Hard NMS (the baseline), linear and gaussian Soft-NMS with the paper's parameters, and the config's own setting.
+
+    ``class_agnostic``: boxes of different classes suppress each other in every row but the config's.
 
     Raises:
         ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
     """
     check_thresholds(score_thr, max_per_img)
-    rules: list[Rule] = [HardNMS(iou_threshold=0.5), *_default_soft_rules(min_score)]
+    rules: list[Rule] = [_baseline(class_agnostic), *_default_soft_rules(min_score, class_agnostic)]
     return [*(Setting(rule, score_thr, max_per_img) for rule in rules), own_setting(cfg)]
 
 
@@ -101,17 +145,21 @@ def own_setting(cfg: Config) -> Setting:
         ReevaluationError: ``test_cfg.rcnn`` of the config is unusable.
     """
     try:
-        own = cfg.model.test_cfg.rcnn
+        own = ROI_HEADS.test_cfg(cfg)
         return Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReevaluationError(f"the config's own suppression (test_cfg.rcnn) cannot be used: {error}") from error
 
 
-def _default_soft_rules(min_score: float) -> list[Rule]:
+def _baseline(class_agnostic: bool) -> HardNMS:
+    return HardNMS(iou_threshold=0.5, class_agnostic=class_agnostic)
+
+
+def _default_soft_rules(min_score: float, class_agnostic: bool) -> list[Rule]:
     try:
         return [
-            SoftNMS('linear', iou_threshold=0.3, min_score=min_score),
-            SoftNMS('gaussian', sigma=0.5, min_score=min_score),
+            SoftNMS('linear', iou_threshold=0.3, min_score=min_score, class_agnostic=class_agnostic),
+            SoftNMS('gaussian', sigma=0.5, min_score=min_score, class_agnostic=class_agnostic),
         ]
     except (TypeError, ValueError) as error:
         raise ReevaluationError(f'the suppression settings cannot be used: {error}') from error
@@ -122,9 +170,16 @@ DEFAULT_SWEEP = ('SoftNMS.sigma=0.1:1.0:0.1', 'SoftNMS.iou_threshold=0.1:0.7:0.1
 
 
 def sweep_settings(
-    specs: Sequence[str], cfg: Config, score_thr: float, max_per_img: int, min_score: float
+    specs: Sequence[str],
+    cfg: Config,
+    score_thr: float,
+    max_per_img: int,
+    min_score: float,
+    class_agnostic: bool = False,
 ) -> list[Setting]:
     """The settings of a grid, a baseline before each group of ``score_thr`` and ``max_per_img``, then the config's.
+
+    Class-agnostic rules are a group with a baseline of their own.
 
     Args:
         specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
@@ -135,7 +190,7 @@ def sweep_settings(
             ``sigma`` the gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
             and the thresholds.
         cfg: the user's config.
-        score_thr, max_per_img, min_score: where they are not swept.
+        score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
 
     Raises:
         ReevaluationError: a spec cannot be read; a rule or a parameter is unknown, out of range, or has no effect.
@@ -145,15 +200,17 @@ def sweep_settings(
     around = defaults | around
     settings: dict[Any, Setting] = {}
     for group in itertools.product(around['score_thr'], around['max_per_img']):
-        rules: list[Rule] = [HardNMS(iou_threshold=0.5)]
+        rules: list[Rule] = []
         for floor in around['min_score']:
             if grids:
-                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor)]
+                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor, class_agnostic)]
             else:
-                rules += _default_soft_rules(floor)
-        for rule in rules:
-            setting = Setting(rule, *group)
-            settings.setdefault((setting.name, str(setting.params)), setting)
+                rules += _default_soft_rules(floor, class_agnostic)
+        found = [Setting(rule, *group) for rule in rules]
+        for agnostic in sorted({setting.class_agnostic for setting in found}):
+            mine = [setting for setting in found if setting.class_agnostic == agnostic]
+            for setting in [Setting(_baseline(agnostic), *group), *mine]:
+                settings.setdefault((setting.name, str(setting.params)), setting)
     return [*settings.values(), own_setting(cfg)]
 
 
@@ -162,22 +219,15 @@ def _read_specs(specs: Sequence[str]) -> tuple[list[tuple[str, dict[str, list[An
     listed: list[tuple[str, dict[str, list[Any]]]] = []
     around: dict[str, list[Any]] = {}
     for spec in specs:
-        name, equals, values = spec.partition('=')
-        if not equals and Path(spec).suffix in ('.yml', '.yaml'):
-            found, thresholds = _read_file(Path(spec))
+        read = read_spec(spec)
+        if isinstance(read, Path):
+            found, thresholds = _read_file(read)
             listed += found
             for threshold, several in thresholds.items():
                 _add(around, threshold, several)
-        elif name in _AROUND:
-            _add(around, name, _values(values, spec))
-        elif equals and '.' in name:
-            rule, _, parameter = name.rpartition('.')
-            _add(grids.setdefault(rule, {}), parameter, _values(values, spec))
         else:
-            raise ReevaluationError(
-                f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
-                f'{", ".join(f"{one}=VALUES" for one in _AROUND)}, or the path of a YAML file'
-            )
+            rule, parameter, values = read
+            _add(grids.setdefault(rule, {}) if rule else around, parameter, values)
     return [*listed, *grids.items()], around
 
 
@@ -188,63 +238,35 @@ def _add(grid: dict[str, list[Any]], name: str, values: list[Any]) -> None:
 
 def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict[str, list[Any]]]:
     try:
-        content = load(path)
-    except Exception as error:  # whatever the YAML reader raises is about the file
-        raise ReevaluationError(f'sweep file {path} cannot be read: {type(error).__name__}: {error}') from error
-    if not isinstance(content, dict) or set(content) - {'rules', *_AROUND}:
-        raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(_AROUND)} and nothing else')
+        content = read_yaml(path)
+    except YamlError as error:
+        raise ReevaluationError(f'sweep file {path} cannot be read: {error}') from error
+    if not isinstance(content, dict) or set(content) - {'rules', *AROUND}:
+        raise ReevaluationError(f'sweep file {path} may hold rules, {", ".join(AROUND)} and nothing else')
 
     def values(raw: Any) -> list[Any]:
         if not isinstance(raw, list):
-            return _values(str(raw), f'{raw} in {path}')
-        if not raw or any(value is None or isinstance(value, (list, dict)) for value in raw):
-            raise ReevaluationError(f'{raw} in {path} is no list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
+            return read_values(str(raw), f'{raw!s:.80} in {path}')
+        if not raw or not all(isinstance(value, (bool, int, float, str)) for value in raw):
+            raise ReevaluationError(f'{raw!r:.80} in {path} is not a list of values; write [0.1, 0.2] or 0.1:1.0:0.1')
         return raw
 
     grids = []
     rules = content.get('rules') or []
     if not isinstance(rules, list):
         raise ReevaluationError(
-            f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules}'
+            f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules!r:.80}'
         )
     for entry in rules:
-        if not isinstance(entry, dict) or 'type' not in entry:
-            raise ReevaluationError(f'{entry!r} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}')
-        grids.append((str(entry['type']), {key: values(raw) for key, raw in entry.items() if key != 'type'}))
-    return grids, {name: values(content[name]) for name in _AROUND if name in content}
+        if not isinstance(entry, dict) or not all(isinstance(one, str) for one in (entry.get('type'), *entry)):
+            raise ReevaluationError(
+                f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}'
+            )
+        grids.append((entry['type'], {key: values(raw) for key, raw in entry.items() if key != 'type'}))
+    return grids, {name: values(content[name]) for name in AROUND if name in content}
 
 
-def _values(text: str, spec: str) -> list[Any]:
-    """``'0.1:0.3:0.1'`` or ``'0.1,0.2,0.3'`` as a list; both ends belong to a range."""
-    if ':' in text:
-        try:
-            first, last, step = (_number(word) for word in text.split(':'))
-            steps = math.floor((last - first) / step + 1e-9)
-        except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-            steps = -1
-        if not 0 <= steps < 10_000 or step <= 0:
-            raise ReevaluationError(f'{spec!r}: a range is first:last:step, as 0.1:1.0:0.1 (both ends are taken)')
-        return [type(first + step)(round(first + number * step, 10)) for number in range(steps + 1)]
-    words = text.split(',')
-    if not all(words):
-        raise ReevaluationError(f'{spec!r} has an empty value; write VALUES as 0.1,0.2 or 0.1:1.0:0.1')
-    values = []
-    for word in words:
-        try:
-            values.append(_number(word))
-        except ValueError:
-            values.append(word)
-    return values
-
-
-def _number(word: str) -> Any:
-    try:
-        return int(word)
-    except ValueError:
-        return float(word)
-
-
-def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float) -> list[Rule]:
+def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agnostic: bool) -> list[Rule]:
     """Every rule of a grid, those that come out the same once."""
     grid = dict(grid)
     kind = name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
@@ -255,6 +277,8 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float) -> list[R
             grid = {'method': methods, **grid}  # rows of one method together
     if 'min_score' not in grid and (kind == 'soft_nms' or 'min_score' in _parameters(kind)):
         grid['min_score'] = [min_score]
+    if class_agnostic and 'class_agnostic' not in grid:
+        grid['class_agnostic'] = [True]  # a rule that has no such argument says so
     rules: dict[str, Rule] = {}
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))

@@ -6,6 +6,7 @@ on where it stopped; the files are deleted once ``reevaluation.json`` holds all 
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +29,53 @@ from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.post_process import suppress
+from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
 from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects, match
-from mmdet_softnms.reevaluation.scoring.metrics import Evaluator, GroundTruth
+from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS, RECALLS, Evaluator, GroundTruth
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 
 #: Below so many image evaluations (15 to 30 s), starting processes costs more than it saves.
 _WORTH_PROCESSES = 20_000
+_LARGEST_PARTIAL = 1 << 30  # bytes
 
 
 @dataclass
 class Row:
-    """One row of a re-evaluation; metrics in [0, 1], unrounded, -1 where undefined."""
+    """What a setting scores; metrics in [0, 1], unrounded, -1 where undefined."""
 
-    rule: str
-    params: dict[str, Any]
+    setting: Setting
     metrics: dict[str, float]
     seconds: float  # spent on suppression, all images together
     metric_seconds: float  # spent on scoring
-    source: str  # 'table' or 'config'
     per_class: dict[str, float]  # AP of every class with an object
     precision: dict[str, list[float]]  # per IoU threshold: mean precision over classes at recall 0, 0.01, ... 1
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule."""
+        return self.setting.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the rule, with the thresholds around it."""
+        return self.setting.params
+
+    @property
+    def source(self) -> str:
+        """``'table'`` or ``'config'``."""
+        return self.setting.source
+
+    def to_dict(self) -> dict[str, Any]:
+        """As files hold it."""
+        measured = {one.name: getattr(self, one.name) for one in fields(self) if one.name != 'setting'}
+        return dict(rule=self.rule, params=self.params, source=self.source, **measured)
 
 
 def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
     """Detections of every image under a setting, by the same function a live model uses."""
-    return [suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images]
+    found = (suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images)
+    return [InstanceData(**one._asdict()) for one in found]
 
 
 def evaluate(candidates: Sequence[ImageCandidates], setting: Setting, evaluator: Evaluator) -> Row:
@@ -62,16 +84,8 @@ def evaluate(candidates: Sequence[ImageCandidates], setting: Setting, evaluator:
     results = detections(candidates, setting)
     suppressed = time.perf_counter()
     scores = evaluator(results)
-    return Row(
-        setting.name,
-        setting.params,
-        scores.metrics,
-        suppressed - start,
-        time.perf_counter() - suppressed,
-        setting.source,
-        scores.per_class,
-        scores.precision,
-    )
+    scored = time.perf_counter()
+    return Row(setting, scores.metrics, suppressed - start, scored - suppressed, scores.per_class, scores.precision)
 
 
 def evaluate_all(
@@ -80,9 +94,10 @@ def evaluate_all(
     truth: GroundTruth,
     *,
     work_dir: Path | None = None,
-    identity: str = '',
+    identity: str | None = '',
     processes: int | None = None,
     on_row: Callable[[Row, int, int], None] = lambda row, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Rows of all settings, in their order, on every process.
 
@@ -91,18 +106,22 @@ def evaluate_all(
         settings: what to apply.
         truth: the ground truth of the same images.
         work_dir: where finished rows are kept until all are there; None: nowhere.
-        identity: of candidates and ground truth; kept rows of another are not used.
+        identity: of candidates, ground truth and code; kept rows of another are not used. None: it cannot be told, so
+            no row is kept.
         processes: of this machine together; None: one a core, or none beside this one where there is little to do.
         on_row: called with (row, rows done, rows in all) of this rank after each row.
+        say: called with one line about each file of kept rows that cannot be read.
     """
     rank, world_size = get_dist_info()
-    done: list[Any] = [_read_partial(work_dir, identity, settings) if work_dir and rank == 0 else {}]
+    work_dir = work_dir if identity is not None else None
+    done: list[Any] = [_read_partial(work_dir, identity, settings, say) if work_dir and rank == 0 else {}]
     broadcast_object_list(done)
     rows: dict[int, Row] = done[0]
     own = [number for number in range(len(settings)) if number not in rows][rank::world_size]
     partial = work_dir / f'sweep-partial-{rank}.jsonl' if work_dir else None
     if partial and own:
         partial.parent.mkdir(parents=True, exist_ok=True)
+        partial = None if partial.is_dir() else partial  # that was said above
     for number, row in rows.items():
         on_row(row, number + 1, len(settings))
     finished = len(rows)
@@ -111,23 +130,27 @@ def evaluate_all(
     for number, row in _run(_evaluate, candidates, settings, own, truth, processes, sharers):
         mine[number] = row
         if partial:
-            _append(partial, dict(identity=identity, setting=_key(settings[number]), row=asdict(row)))
+            _append(partial, dict(identity=identity, setting=_key(settings[number]), row=row.to_dict()))
         finished += 1
         on_row(row, finished, len(rows) + len(own))
     barrier()
     for part in all_gather_object(mine):
         rows |= part
+    for number, row in rows.items():
+        row.setting = settings[number]  # not the copy that came back from another process
     return [rows[number] for number in range(len(settings))]
 
 
 def forget_partial(work_dir: Path) -> None:
     """Delete the kept rows of a sweep that is complete."""
     for path in work_dir.glob('sweep-partial-*.jsonl'):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def _key(setting: Setting) -> str:
-    return f'{setting.source} {setting.name} {setting.params}'
+    """What tells a setting from others: the whole rule, also what it does not list among its parameters."""
+    return digest(setting.source, setting.params, type(setting.rule), vars(setting.rule))
 
 
 def _append(path: Path, content: dict[str, Any]) -> None:
@@ -140,18 +163,56 @@ def _append(path: Path, content: dict[str, Any]) -> None:
         os.close(file)
 
 
-def _read_partial(work_dir: Path, identity: str, settings: Sequence[Setting]) -> dict[int, Row]:
+def _read_partial(
+    work_dir: Path, identity: str | None, settings: Sequence[Setting], say: Callable[[str], None]
+) -> dict[int, Row]:
     numbers = {_key(setting): number for number, setting in enumerate(settings)}
     rows = {}
-    for path in work_dir.glob('sweep-partial-*.jsonl'):
-        for line in path.read_text().split('\n'):
+    for path in sorted(work_dir.glob('sweep-partial-*.jsonl')):
+        try:
+            if not path.is_file() or path.stat().st_size > _LARGEST_PARTIAL:
+                raise OSError('it is not a file, or too large')
+            lines = path.read_bytes().split(b'\n')
+        except OSError as error:
+            say(f'{path} is ignored: {error}')
+            continue
+        ignored = 0
+        for line in filter(None, lines):
             try:
                 content = json.loads(line)
-            except ValueError:
-                continue  # empty, or a line that a kill cut
-            if content['identity'] == identity and content['setting'] in numbers:
-                rows[numbers[content['setting']]] = Row(**content['row'])
+                if content['identity'] == identity and content['setting'] in numbers:
+                    number = numbers[content['setting']]
+                    rows[number] = _row(content['row'], settings[number])
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                ignored += 1  # a line that a kill cut, or anything else
+        if ignored:
+            say(f'{path}: {ignored} lines are not finished rows and are ignored')
     return rows
+
+
+def _row(content: dict[str, Any], setting: Setting) -> Row:
+    """A row as a file holds it.
+
+    Raises:
+        TypeError, ValueError, KeyError: it is not a row of that setting.
+    """
+    about = content.pop('rule'), content.pop('source'), content.pop('params')
+    row = Row(setting, **content)
+    if about != (setting.name, setting.source, _plain(setting.params)):
+        raise ValueError('it is of another setting')
+    numbers = [row.seconds, row.metric_seconds, *row.metrics.values(), *row.per_class.values()]
+    numbers += [value for curve in row.precision.values() for value in curve]
+    if any(isinstance(value, bool) or not math.isfinite(value) for value in numbers):
+        raise ValueError('not every number is finite')
+    if not {*COCO_STATS, *AP_NAMES} <= set(row.metrics) or any(not -1 <= each <= 1 for each in row.metrics.values()):
+        raise ValueError('metrics are missing or out of range')
+    if any(len(curve) != len(RECALLS) for curve in row.precision.values()):
+        raise ValueError('a curve is cut')
+    return row
+
+
+def _plain(params: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(params, default=repr))
 
 
 def match_all(

@@ -1,4 +1,4 @@
-"""Who tools/benchmark.py compares with: one function a peer, on the same candidates, and a server for TensorFlow.
+"""Who the benchmarks compare with: one function a peer, on the same candidates, and a server for TensorFlow.
 
 A peer is called without arguments and returns the selected indices, or anything with as many entries. Conversion to a
 peer's own input (lists, corner order, class offset) is done beforehand and not timed. Peers that are not installed
@@ -6,7 +6,7 @@ are left out; TensorFlow, whose numpy may not be ours, runs in an environment of
 reports its own times.
 """
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import tempfile
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import _reference, _soft_nms
+from mmdet_softnms import reference
 
 MMCV_SOFT, MMCV_HARD, ENSEMBLE = 'mmcv soft', 'mmcv hard', 'ensemble-boxes soft'
 TORCHVISION, BIRDER, PLAIN, TENSORFLOW = 'torchvision hard', 'birder soft', 'plain PyTorch', 'TensorFlow'
@@ -33,7 +33,7 @@ REMARKS = {
     'the end with > instead of >=, result grouped by class and not sorted; no early stop.',
     TORCHVISION: '`batched_nms` at IoU 0.5, whatever the rule of the row; cut afterwards.',
     BIRDER: 'a CUDA kernel on a GPU; on a CPU what it falls back to, a loop over classes in PyTorch.',
-    PLAIN: 'the definition, a loop of vectorised PyTorch over selections (mmdet_softnms/ops/_reference.py).',
+    PLAIN: 'the definition, a loop of vectorised PyTorch over selections (mmdet_softnms.reference).',
     TENSORFLOW: '`tf.image.non_max_suppression_with_scores` with soft_nms_sigma = sigma / 2, classes moved apart as in '
     'mmcv; it has no linear rule. It stops early. In a process of its own, timed there.',
 }
@@ -60,30 +60,29 @@ def peers(
         size: width and height of the image in pixels.
         tensorflow: a running server.
     """
-    from mmcv.ops import batched_nms
-
     limit = len(scores) if max_num < 0 else max_num
     offset = (labels.to(boxes) * (boxes.max() + 1))[:, None]
 
-    def mmcv_with(config: dict[str, Any]) -> Callable[[], Tensor]:
-        return lambda: batched_nms(boxes, scores, labels, config)[1][:limit]
-
-    checked = _soft_nms.check_parameters(
-        min_score=min_score, max_num=max_num, dtype=torch.float32,
-        **({'iou_threshold': 0.3, 'sigma': 0.5, 'offset': 0} | parameters),
-    )  # fmt: skip
     timed: dict[str, Callable[[], Any]] = {
-        MMCV_HARD: mmcv_with({'type': 'nms', 'iou_threshold': 0.5}),
-        PLAIN: lambda: _reference.select(boxes, scores, labels, checked)[0],
+        PLAIN: lambda: definition(boxes, scores, labels, parameters, min_score, max_num)[0]
     }
-    if rule != 'hard':
-        timed[MMCV_SOFT] = mmcv_with({'type': 'soft_nms', 'min_score': min_score, **parameters})
+    absent = missing(boxes.device)
+    if MMCV_HARD not in absent:
+        from mmcv.ops import batched_nms
+
+        def mmcv_with(config: dict[str, Any]) -> Callable[[], Tensor]:
+            return lambda: batched_nms(boxes, scores, labels, config)[1][:limit]
+
+        timed[MMCV_HARD] = mmcv_with({'type': 'nms', 'iou_threshold': 0.5})
+        if rule != 'hard':
+            timed[MMCV_SOFT] = mmcv_with({'type': 'soft_nms', 'min_score': min_score, **parameters})
+    if rule != 'hard' and ENSEMBLE not in absent:
         timed[ENSEMBLE] = _ensemble_boxes(boxes.cpu(), scores.cpu(), labels.cpu(), rule, parameters, min_score, size)
-    if importlib.util.find_spec('torchvision'):
+    if TORCHVISION not in absent:
         from torchvision.ops import batched_nms as torchvision_nms
 
         timed[TORCHVISION] = lambda: torchvision_nms(boxes, scores, labels, 0.5)[:limit]
-    if rule == 'gaussian' and importlib.util.find_spec('birder'):
+    if rule == 'gaussian' and BIRDER not in absent:
         from birder.ops.soft_nms import batched_soft_nms
 
         timed[BIRDER] = lambda: batched_soft_nms(boxes, scores, labels, parameters['sigma'], min_score)[1][:limit]
@@ -92,6 +91,30 @@ def peers(
             (boxes + offset).cpu(), scores.cpu(), limit, min_score if rule == 'gaussian' else 0.0, parameters
         )
     return timed
+
+
+def definition(
+    boxes: Tensor, scores: Tensor, labels: Tensor, parameters: dict[str, Any], min_score: float, max_num: int
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch: what every selection is checked with."""
+    return reference(boxes, scores, labels, min_score=min_score, max_num=max_num, **parameters)
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    """Peers that are not installed, or not built for the device, and why."""
+    boxes, scores = torch.tensor([[0.0, 0, 1, 1]], device=device), torch.tensor([0.5], device=device)
+    found = {}
+    for peer, module in ((MMCV_HARD, 'mmcv.ops'), (TORCHVISION, 'torchvision.ops')):
+        try:
+            importlib.import_module(module).nms(boxes, scores, 0.5)
+        except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
+            found[peer] = f'{type(error).__name__}: {error}'.split(chr(10))[0]
+    for peer, module in ((ENSEMBLE, 'ensemble_boxes'), (BIRDER, 'birder')):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            found[peer] = f'{type(error).__name__}: {error}'
+    return found
 
 
 def _ensemble_boxes(

@@ -1,4 +1,4 @@
-"""The plots of ``tools/benchmark.py``: ``op`` and ``growth``, on log axes."""
+"""The plots of the benchmarks ``op`` and ``growth``, on log axes."""
 
 from collections.abc import Sequence
 from pathlib import Path

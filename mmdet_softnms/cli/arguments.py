@@ -1,0 +1,87 @@
+"""What the command lines share, of the standard library alone: no argument waits for torch to be checked."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+#: Modules of each extra of pyproject.toml that a command needs.
+EXTRAS = {
+    'reevaluate': ('rich', 'pyarrow', 'faster_coco_eval', 'matplotlib', 'jinja2', 'filelock', 'yaml'),
+    'export': ('onnx',),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Exit status 1 for a wrong command line, as for every other bad input; ``reproduce`` gives 2 a meaning."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f'{self.format_usage()}error: {message}\n')
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options KEY=VALUE ...`` as texts, for :func:`config_options`."""
+    parser.add_argument(
+        '--cfg-options', nargs='+', action='extend', type=_key_value, default=[], metavar='KEY=VALUE', help='overrides'
+    )
+
+
+def _key_value(text: str) -> str:
+    key, equals, _ = text.partition('=')
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE')
+    return text
+
+
+def config_options(texts: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as mmengine's ``DictAction`` reads them, which needs torch.
+
+    Raises:
+        SystemExit: a value has unbalanced brackets; with one line.
+    """
+    from mmengine.config import DictAction
+
+    read = argparse.Namespace(options={})
+    for text in texts:
+        try:
+            DictAction([], 'options')(argparse.ArgumentParser(), read, [text])
+        except AssertionError as error:
+            sys.exit(f'error: --cfg-options {text}: {error}')
+    options: dict[str, Any] = read.options
+    return options
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from ``smallest`` on."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number') from None
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f'must be at least {smallest}, got {value}')
+        return value
+
+    return whole_number
+
+
+def require(extra: str) -> None:
+    """Make sure that the packages of an extra are there, without importing them.
+
+    Raises:
+        SystemExit: with one line that names what is missing and how to install it.
+    """
+    if missing := [name for name in EXTRAS[extra] if not _is_installed(name)]:
+        sys.exit(
+            f'error: {" and ".join(missing)} {"is" if len(missing) == 1 else "are"} not installed; '
+            f"in the clone of mmdet_softnms: pip install '.[{extra}]'"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False

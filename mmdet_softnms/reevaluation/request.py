@@ -1,0 +1,120 @@
+"""What is asked of a re-evaluation, made and checked in one place, from the command line or from Python."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.locate import local_checkpoint
+from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA
+from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, Setting, default_settings, sweep_settings
+
+
+def _nobody(*heard: Any) -> None:
+    """Hears nothing."""
+
+
+@dataclass
+class Listener:
+    """Who hears what a re-evaluation does.
+
+    Attributes:
+        progress: called with what is going on, how much of it is done, and how much there is.
+        on_row: called with a finished row, rows done, and rows in all.
+        say: called with one line about every store that is used, taken up, or mended.
+    """
+
+    progress: Callable[[str, int, int], None] = _nobody
+    on_row: Callable[[Any, int, int], None] = _nobody
+    say: Callable[[str], None] = _nobody
+
+    def bar(self, what: str) -> Callable[[int, int], None]:
+        """``progress`` of one thing: called with (done, total)."""
+        return lambda done, total: self.progress(what, done, total)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a detector: what would every other suppression have given?
+
+    Attributes:
+        cfg: any mmdet config of a supported two-stage detector; not changed.
+        checkpoint: its weights: a path, a URL, or whatever else mmengine's loader takes; afterwards the local file.
+        work_dir: where candidates are stored, rows of an unfinished sweep are kept and mmengine logs; None: nowhere
+            that stays. One run at a time may use it.
+        score_thr, max_per_img: shared by the rows of the table; the config's own row keeps its own.
+        min_score: of the soft rules.
+        class_agnostic: boxes of different classes suppress each other, in every row but the config's own.
+        sweep: instead of the default rows, see :func:`mmdet_softnms.reevaluation.scoring.settings.sweep_settings`.
+        store: a store made elsewhere, used as it is; None: the one in the work directory.
+        processes: of this machine for the sweep; None: as many as are worth it.
+        trust_checkpoint: see :func:`mmdet_softnms.checkpoint.load_checkpoint`.
+        select: choose a setting by this metric, one of :data:`CRITERIA`; None: choose nothing.
+        folds: of the choice, where there is no tuning split.
+        resamples: of its bootstrap, at least 1,000.
+        tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold
+            over the test set; 'auto': 'val' where it can be read and shares no image with the test set, else 'folds'.
+        settings: what is scored; follows from the others.
+
+    Raises:
+        ReevaluationError: the detector cannot be plugged, a setting is out of range or unknown, or the choice cannot be
+            made so.
+        CheckpointError: there is no such checkpoint.
+    """
+
+    cfg: Config
+    checkpoint: str | Path
+    work_dir: str | Path | None = None
+    score_thr: float = 1e-3
+    max_per_img: int = 100
+    min_score: float = 1e-3
+    class_agnostic: bool = False
+    sweep: tuple[str, ...] = ()
+    store: str | Path | None = None
+    processes: int | None = None
+    trust_checkpoint: bool = False
+    select: str | None = None
+    folds: int = 5
+    resamples: int = 1000
+    tune_on: str = 'auto'
+    settings: tuple[Setting, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        plug(self.cfg, 0.0)  # before anything slow: is it a detector that can be plugged?
+        if self.select is not None:
+            check_choice(self.select, self.resamples)
+        if self.tune_on not in ('auto', 'val', 'folds'):
+            raise ReevaluationError(f'--tune-on takes auto, val or folds, got {self.tune_on}')
+        thresholds = self.score_thr, self.max_per_img, self.min_score, self.class_agnostic
+        sweep = tuple(self.sweep) or (DEFAULT_SWEEP if self.select else ())
+        settings = sweep_settings(sweep, self.cfg, *thresholds) if sweep else default_settings(self.cfg, *thresholds)
+        set_ = object.__setattr__  # as a frozen dataclass does it itself
+        set_(self, 'sweep', sweep)
+        set_(self, 'settings', tuple(settings))
+        set_(self, 'checkpoint', Path(local_checkpoint(self.checkpoint, trust=self.trust_checkpoint)))
+
+    @property
+    def score_floor(self) -> float:
+        """Candidates above it are needed."""
+        return min(setting.score_thr for setting in self.settings)
+
+
+def check_choice(criterion: str, resamples: int, num_folds: int | None = None, num_images: int | None = None) -> None:
+    """Raise a ReevaluationError for a choice that cannot be made.
+
+    ``num_folds``: None where there is a tuning split, or it is not known yet; else ``num_images`` are divided.
+    """
+    if criterion not in CRITERIA:
+        raise ReevaluationError(f'--select takes {", ".join(CRITERIA)}, got {criterion}')
+    if resamples < 1000:
+        raise ReevaluationError(f'a bootstrap of {resamples} resamples says little; give at least 1000')
+    if num_folds is None or num_images is None:
+        return
+    if num_images < 2:
+        raise ReevaluationError('a single image cannot be divided into folds: nothing to choose on and report on')
+    if not 2 <= num_folds <= num_images:
+        raise ReevaluationError(f'{num_folds} folds of {num_images} images are not possible; give 2 to {num_images}')
