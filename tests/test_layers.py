@@ -30,7 +30,7 @@ roi_heads
 reevaluation
 reevaluation.candidates
 reevaluation.scoring
-reevaluation.result
+reevaluation.result reevaluation.request
 reevaluation.choice
 reevaluation.report
 reevaluation.reproduction reevaluation.run

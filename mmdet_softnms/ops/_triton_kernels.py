@@ -57,7 +57,7 @@ def _sqrt(x):
 
 
 def _without_annotations(function: Any) -> Any:
-    """The same function as Triton can read it: it takes the source, and every annotation there for a type of its own."""
+    """The same function as Triton can read it, which takes the source, and annotations there for its types."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
