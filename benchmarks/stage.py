@@ -39,7 +39,7 @@ def measure_all(score_thrs: Sequence[float], device: torch.device, seconds: floa
     for score_thr in score_thrs:
         times, results = in_turns(stages(score_thr, device=device), seconds)
         medians = {name: median(values) for name, values in times.items()}
-        rows.append(dict(score_thr=score_thr, candidates=len(results[PARTS[1]]), milliseconds=medians))
+        rows.append(dict(score_thr=score_thr, candidates=len(results[PARTS[1]].scores), milliseconds=medians))
     return rows
 
 

@@ -293,14 +293,15 @@ def _add_module(name: str, files: dict[str, Path]) -> None:
             continue
         waiting += ['.'.join(name.split('.')[:length]) for length in range(1, name.count('.') + 1)]
         package = name if path.name == '__init__.py' else name.rpartition('.')[0]
-        waiting += _imports(path, package)
+        waiting += _imports(path.read_bytes(), package)
 
 
-def _imports(path: Path, package: str) -> list[str]:
+@functools.lru_cache(maxsize=512)  # by content: what follows from it cannot be stale
+def _imports(source: bytes, package: str) -> tuple[str, ...]:
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):  # it is imported already, so this is an edit that is not finished
-        return []
+        return ()
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -309,7 +310,7 @@ def _imports(path: Path, package: str) -> list[str]:
             above = package.split('.')[: len(package.split('.')) - node.level + 1] if node.level else []
             base = '.'.join([*above, *([node.module] if node.module else [])])
             names += [base, *(f'{base}.{alias.name}' for alias in node.names)]
-    return [name for name in names if name]
+    return tuple(name for name in names if name)
 
 
 def _tree(package: str) -> str:
