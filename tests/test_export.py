@@ -87,7 +87,7 @@ def test_post_processing_of_a_head(class_agnostic, num_rois):
         boxes = boxes.reshape(rois, 4 if class_agnostic else 4 * num_classes)
         dets, labels = session.run(None, dict(boxes=boxes.numpy(), scores=scores.numpy()))
         expected = post_process(boxes, scores, rule, 0.05, 20)
-        num = len(expected.labels)
+        num = len(expected.scores)
         assert len(dets) == len(labels) == (num if num_rois is None else 20)
         assert labels[:num].tolist() == expected.labels.tolist() and (labels[num:] == -1).all()
         np.testing.assert_allclose(dets[:num, :4], expected.bboxes.numpy(), rtol=0, atol=1e-5)
@@ -107,6 +107,35 @@ def test_what_cannot_be_expressed_is_refused(rule):
         rule_to_onnx(rule)
     with pytest.raises(ExportError):
         tensorflow_arguments(rule)
+
+
+class _Shuffled(SoftNMS):
+    def __call__(self, boxes, scores, labels, max_num):
+        return super().__call__(boxes, scores.flip(0), labels, max_num)
+
+
+class _Renamed(SoftNMS):
+    """The same rule by another name."""
+
+
+def test_a_subclass_with_its_own_call_is_not_exported_as_its_parent():
+    with pytest.raises(ExportError, match='_Shuffled cannot be exported'):
+        rule_to_onnx(_Shuffled())
+    assert rule_to_onnx(_Renamed()).SerializeToString() == rule_to_onnx(SoftNMS()).SerializeToString()
+
+
+def test_class_agnostic_rules_and_no_limit():
+    rule = SoftNMS('linear', class_agnostic=True)
+    boxes, scores, labels = _scene(60)
+    found = _session(rule_to_onnx(rule)).run(
+        None, dict(boxes=boxes.numpy(), scores=scores.numpy(), labels=labels.numpy())
+    )
+    assert found[0].tolist() == rule(boxes, scores, labels, -1)[0].tolist()
+    assert found[0].tolist() != SoftNMS('linear')(boxes, scores, labels, -1)[0].tolist()
+    with pytest.raises(ExportError, match='class_agnostic'):
+        tensorflow_arguments(SoftNMS(class_agnostic=True))
+    without = [post_process_to_onnx(SoftNMS(), 5, 0.05, limit).SerializeToString() for limit in (0, -1)]
+    assert without[0] == without[1]
 
 
 def test_bad_arguments():

@@ -14,7 +14,7 @@ LAYERS = """
 files yaml_file
 locate
 ops.weights
-ops._arguments
+ops._arguments ops._derivative
 ops._reference ops._cpu ops._triton ops._triton_kernels
 ops._dispatch
 ops._operator

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmdet_softnms.ops import _triton, weights
 from mmdet_softnms.ops._arguments import Parameters, working_type
+from mmdet_softnms.ops._derivative import with_derivative
 from mmdet_softnms.ops._dispatch import select
 
 REGISTERS = hasattr(torch.library, 'custom_op')  #: torch 2.4 or newer
@@ -135,28 +136,24 @@ def soft_nms_backward(
     first = torch.searchsorted(of_class, of_class)  # where the class of each begins
     place = torch.arange(len(keep), device=keep.device)
     box_gradients = torch.zeros_like(kept)
-
-    def decayed(some: Tensor, row: Tensor, column: Tensor, rows: slice, begin: int) -> tuple[Tensor, Tensor]:
-        """The sum whose gradient is wanted, of the boxes from ``begin`` on; and the products of the weights."""
-        iou = _iou(some[row + rows.start - begin], some[column], offset)
-        left = rule.function(iou.double(), *values).to(dtype)
-        products = some.new_ones(rows.stop - rows.start, len(some)).index_put((row, column), left).prod(1)
-        return (gradient[rows] * kept_scores[rows] * products).sum(), products
-
     for start in range(0, len(keep), _ROWS):
         stop = min(start + _ROWS, len(keep))
         begin = int(first[start])
         rows, earlier = slice(start, stop), slice(begin, stop)
         decays = (place[earlier] < place[rows, None]) & (place[earlier] >= first[rows, None])
-        overlaps = _iou(kept[rows, None], kept[None, earlier], offset) > 0
-        row, column = (decays & overlaps).nonzero(as_tuple=True)  # most pairs do not
-
-        if wants_boxes:
-            by_boxes, products = torch.func.grad(decayed, has_aux=True)(kept[earlier], row, column, rows, begin)
-            box_gradients[earlier] += by_boxes
-        else:
-            products = decayed(kept[earlier], row, column, rows, begin)[1]
-        to_scores[keep[rows]] = (gradient[rows] * products).to(scores.dtype)
+        iou = _iou(kept[rows, None], kept[None, earlier], offset)[0]
+        row, column = (decays & (iou > 0)).nonzero(as_tuple=True)  # most pairs do not overlap
+        left, slopes = with_derivative(rule, iou[row, column].double(), values)
+        weight = torch.ones_like(iou)
+        weight[row, column] = left.to(dtype)
+        to_scores[keep[rows]] = (gradient[rows] * weight.prod(1)).to(scores.dtype)
+        if not wants_boxes:
+            continue
+        per_iou = (gradient[rows] * kept_scores[rows])[row] * _products_of_others(weight)[row, column]
+        per_iou = (per_iou * slopes.to(dtype))[:, None]
+        of_row, of_column = _iou_derivatives(kept[start + row], kept[begin + column], offset)
+        box_gradients.index_add_(0, start + row, per_iou * of_row)
+        box_gradients.index_add_(0, begin + column, per_iou * of_column)
     to_boxes[keep] = box_gradients.to(boxes.dtype)
     return to_boxes, to_scores
 
@@ -176,14 +173,40 @@ def _fake_backward(
     return torch.empty_like(boxes), torch.empty_like(scores)
 
 
-def _iou(a: Tensor, b: Tensor, offset: float) -> Tensor:
-    """IoUs of (..., 4) boxes, 0 where they do not overlap."""
+def _iou(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, ...]:
+    """IoUs of (..., 4) boxes, 0 where they do not overlap; their intersections, unions (1 there), and (..., 2) sides of
+    intersections and boxes."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]) + offset
     sides_a, sides_b = a[..., 2:] - a[..., :2] + offset, b[..., 2:] - b[..., :2] + offset
     inside = sides[..., 0] * sides[..., 1]
     union = sides_a[..., 0] * sides_a[..., 1] + sides_b[..., 0] * sides_b[..., 1] - inside
     overlap = (sides[..., 0] > 0) & (sides[..., 1] > 0) & (union > 0)
-    return torch.where(overlap, inside / torch.where(overlap, union, 1.0), 0.0)
+    union = torch.where(overlap, union, 1.0)
+    return torch.where(overlap, inside / union, 0.0), inside, union, sides, sides_a, sides_b
+
+
+def _iou_derivatives(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """Derivatives of the IoUs of (P, 4) overlapping pairs by the first's and by the second's (x1, y1, x2, y2)."""
+    _, inside, union, sides, sides_a, sides_b = _iou(a, b, offset)
+    # IoU = I / U, U = A + B - I:  dIoU = dI (U + I) / U^2 - (dA + dB) I / U^2
+    by_inside, by_area = ((union + inside) / union**2)[:, None], (-inside / union**2)[:, None]
+    across = sides.flip(-1)  # what a unit of width is worth in area: the height
+
+    def by(own: Tensor, other: Tensor, own_sides: Tensor) -> Tensor:
+        inside_by = torch.cat([-across * (own[:, :2] > other[:, :2]), across * (own[:, 2:] < other[:, 2:])], 1)
+        area_by = torch.cat([-own_sides.flip(-1), own_sides.flip(-1)], 1)
+        return by_inside * inside_by + by_area * area_by
+
+    return by(a, b, sides_a), by(b, a, sides_b)
+
+
+def _products_of_others(weights: Tensor) -> Tensor:
+    """(R, C): the product of a row without each of its entries; a weight may be 0, so nothing is divided by it."""
+    zero = weights == 0
+    zeros = zero.sum(1, keepdim=True)
+    product = torch.where(zero, 1.0, weights).prod(1, keepdim=True)
+    without = torch.where(zero, product, product / torch.where(zero, 1.0, weights))
+    return torch.where(zeros - zero.long() > 0, 0.0, without)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

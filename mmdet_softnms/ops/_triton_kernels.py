@@ -21,7 +21,11 @@ selections so far in the segment. ``seen``: how many of them a waiting chunk's s
 
 # mypy: disable-error-code="no-untyped-def, misc"
 
+import ast
 import functools
+import inspect
+import linecache
+import textwrap
 from typing import Any
 
 import triton
@@ -52,13 +56,29 @@ def _sqrt(x):
     return tl.sqrt_rn(x)
 
 
+def _without_annotations(function: Any) -> Any:
+    """The same function as Triton can read it, which takes the source, and annotations there for its types."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list, definition.returns = [], None
+    for argument in definition.args.args:
+        argument.annotation = None
+    source, file = ast.unparse(tree) + '\n', f'<{function.__module__}.{function.__name__} for Triton>'
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # where inspect looks
+    exec(compile(source, file, 'exec'), function.__globals__)
+    return function.__globals__.pop(function.__name__)
+
+
 @functools.cache
 def rule(weight: weights.Weight) -> dict[str, Any]:
     """The constants of :func:`select` for a rule: its weight as a function of Triton, and which parameters it takes."""
     unknown = set(weight.parameters) - {'iou_threshold', 'sigma'}
     assert not unknown, f'_decay passes no {unknown}'
     words = dict(where=_where, exp=_exp, cos=_cos, sqrt=_sqrt)
-    function: Any = weights.rewritten(weight.function, words, tl.constexpr)
+    # The compiler wants a module's numbers as constexpr, and the interpreter cannot calculate with those.
+    number = tl.constexpr if isinstance(_where, triton.JITFunction) else float
+    function: Any = _without_annotations(weights.rewritten(weight.function, words, number))
     function.__globals__['tl'] = tl  # the interpreter looks for it
     return dict(
         WEIGHT=triton.jit(function),

@@ -18,7 +18,7 @@ import torch
 
 import mmdet_softnms
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _cpu, _reference
+from mmdet_softnms.ops import _cpu, _reference, weights
 from mmdet_softnms.ops._arguments import Parameters
 
 WARNING = 'compiles its kernels anew'
@@ -92,11 +92,12 @@ def test_lanes_of_exp_round_to_what_exp_rounds_to(sigma: float) -> None:
     ious = np.concatenate([np.linspace(0, 1, 160_000), np.geomspace(1e-30, 1, 160_000), [0, 1] * 8]).astype(np.float32)
     expected = np.exp(-(ious.astype(np.float64) ** 2) / sigma).astype(np.float32)
     actual = np.empty_like(ious)
+    lanes = _cpu._lanes_of(weights.get('gaussian'))
 
     @numba.njit(error_model='numpy')
-    def weigh(ious: Any, sigma: float, weights: Any) -> None:
+    def weigh(ious: Any, sigma: float, results: Any) -> None:
         for k in range(0, len(ious), _cpu._LANES):
-            _cpu._gaussian_weights(ious[k:], sigma, weights[k:])
+            lanes(ious[k:], 0.0, sigma, results[k:])
 
     weigh(ious, sigma, actual)
     # Two good ones differ where float64's last bit decides the rounding to float32: once in hundreds of millions.
@@ -138,7 +139,7 @@ def runs_beside_others(kernel: Callable[..., int]) -> bool:
     def work() -> None:
         about_to_call.set()
         for _ in range(8):
-            kernel(boxes, scores, labels, 1, _cpu._GAUSSIAN, zero, 0.5, zero, zero, keep, kept)
+            kernel(boxes, scores, labels, 1, 0.0, 0.5, zero, zero, keep, kept)
         returned.set()
 
     thread = threading.Thread(target=work)
@@ -151,25 +152,27 @@ def runs_beside_others(kernel: Callable[..., int]) -> bool:
 
 @pytest.mark.usefixtures('gil_is_never_taken_away')
 def test_kernel_releases_the_gil() -> None:
-    assert runs_beside_others(_cpu._select)
+    assert runs_beside_others(_cpu.kernel(weights.get('gaussian')))
 
 
 @pytest.mark.usefixtures('gil_is_never_taken_away')
 def test_a_kernel_that_holds_the_gil_would_be_noticed() -> None:
     """The control of the test above: the same kernel compiled without nogil."""
-    signature = _cpu._select.signatures[0]
-    assert not runs_beside_others(numba.njit([signature], error_model='numpy')(_cpu._select.py_func))
+    kernel = _cpu.kernel(weights.get('gaussian'))
+    assert not runs_beside_others(numba.njit([kernel.signatures[0]], error_model='numpy')(kernel.py_func))
 
 
-def test_every_kernel_is_compiled_before_the_first_call() -> None:
-    for kernel in (_cpu._check, _cpu._select):
+def test_every_kernel_is_compiled_for_all_types_at_once() -> None:
+    kernels = [_cpu._check, *(_cpu.kernel(weights.get(method)) for method in ('linear', 'gaussian', 'hard'))]
+    for kernel in kernels:
         assert len(kernel.signatures) == 2
         assert kernel.targetoptions['nogil']
     boxes, scores, labels = crowd(10)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        soft_nms(boxes.to(dtype), scores.to(dtype), labels.int())
+        for method in ('linear', 'gaussian', 'hard'):
+            soft_nms(boxes.to(dtype), scores.to(dtype), labels.int(), method=method)
         soft_nms(boxes.to(dtype).mT.contiguous().mT, scores.to(dtype).flip(0)[::2].repeat_interleave(2))
-    for kernel in (_cpu._check, _cpu._select):
+    for kernel in kernels:
         assert len(kernel.signatures) == 2, 'a call compiled another variant'
 
 
@@ -177,9 +180,9 @@ def test_every_kernel_is_compiled_before_the_first_call() -> None:
 
 PROGRAM = """
 import torch
-from mmdet_softnms.ops import _cpu, soft_nms
+from mmdet_softnms.ops import _cpu, soft_nms, weights
 keep, scores = soft_nms(torch.tensor([[0., 0, 4, 4], [1, 0, 5, 4], [9, 9, 12, 12]]), torch.tensor([.9, .8, .7]))
-hits = sum(sum(kernel.stats.cache_hits.values()) for kernel in (_cpu._check, _cpu._select))
+hits = sum(sum(kernel.stats.cache_hits.values()) for kernel in (_cpu._check, _cpu.kernel(weights.get('gaussian'))))
 print(keep.tolist(), scores.tolist(), 'hits', hits)
 """
 ROOT = Path(mmdet_softnms.__file__).parents[1]

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmdet_softnms
 from mmdet_softnms import batched_soft_nms, padded_soft_nms, soft_nms, warmup
@@ -173,9 +175,20 @@ def test_classes_have_the_gradients_they_have_alone(monkeypatch):
     for one, other in zip(together, torch.autograd.grad(loss, [boxes, scores]), strict=True):
         torch.testing.assert_close(one, other)
     # Where only the scores need it, that of the boxes is not computed.
-    monkeypatch.setattr(torch.func, 'grad', None)
+    monkeypatch.setattr('mmdet_softnms.ops._operator._iou_derivatives', None)
     kept = soft_nms(boxes.detach(), scores, labels, min_score=0)[1]
     torch.testing.assert_close(torch.autograd.grad((kept * factors).sum(), [scores])[0], together[1])
+
+
+@pytest.mark.parametrize('around', [lambda: FlopCounterMode(display=False), torch.autograd.graph.save_on_cpu])
+def test_gradients_under_modes_and_hooks(around):
+    results = []
+    for context in (nullcontext, around):
+        boxes, scores, labels = _scene(30)
+        with context():
+            soft_nms(boxes.requires_grad_(), scores.requires_grad_(), labels)[1].square().sum().backward()
+        results.append((boxes.grad, scores.grad))
+    assert _same(*results) and results[0][0].abs().sum() > 0
 
 
 def test_gradients_where_a_weight_is_zero():

@@ -1,6 +1,7 @@
 """A rule is one function: a rule added here is right in every backend, and what cannot be a rule is refused."""
 
 import inspect
+import io
 import os
 import shutil
 import subprocess
@@ -12,14 +13,21 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 
 import mmdet_softnms
 from mmdet_softnms import batched_soft_nms, padded_soft_nms, reference, soft_nms
 from mmdet_softnms.export import rule_to_onnx
 from mmdet_softnms.ops import weights
-from mmdet_softnms.ops.weights import cos, exp, where
+from mmdet_softnms.ops._derivative import with_derivative
+from mmdet_softnms.ops.weights import cos, exp, sqrt, where
+from mmdet_softnms.reevaluation.report.table import to_table
+from mmdet_softnms.reevaluation.result import Session
+from mmdet_softnms.reevaluation.scoring.settings import sweep_settings
 from mmdet_softnms.rules import SoftNMS, describe
+from tests.drawn import drawn_test_set
 from tests.test_ops import triton_worker
+from tests.test_reevaluation.test_report import CFG, _reevaluation
 
 PI = 3.141592653589793
 
@@ -92,6 +100,22 @@ def test_a_new_rule_has_gradients() -> None:
     assert torch.autograd.gradcheck(kept, (boxes.requires_grad_(), scores.requires_grad_()))
 
 
+def every_operation(iou: Any, iou_threshold: Any, sigma: Any) -> Any:
+    curve = 2 / (1 + sqrt(iou * 0.5 + 0.5) ** 2 / sigma - iou / 8 + (0.25 - iou) * iou)
+    return where((iou >= iou_threshold) & (curve < 3) | (iou <= -1), -curve + 3 + cos(iou), exp(-iou) + 0)
+
+
+@pytest.mark.parametrize('function', [weights.linear, weights.gaussian, cosine, every_operation])
+def test_derivatives_are_autograds(function: Any) -> None:
+    weight = weights.Weight('some', function, tuple(inspect.signature(function).parameters)[1:], removes=False)
+    values = [weights.PARAMETERS[name].default for name in weight.parameters]
+    iou = torch.linspace(0.001, 0.999, 333, dtype=torch.float64, requires_grad=True)
+    expected = function(iou, *values)
+    value, slope = with_derivative(weight, iou.detach(), values)
+    assert torch.equal(value, expected)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), iou)[0])
+
+
 def test_a_new_rule_is_exported() -> None:
     rule = SoftNMS('cosine')
     session = onnxruntime.InferenceSession(rule_to_onnx(rule).SerializeToString(), providers=['CPUExecutionProvider'])
@@ -121,6 +145,19 @@ def test_a_new_rule_is_right_in_triton(tmp_path: Path) -> None:
 def test_a_new_rule_is_described_by_its_parameters() -> None:
     assert SoftNMS('cosine').params == dict(method='cosine', iou_threshold=0.3, min_score=1e-3, offset=0)
     assert describe(SoftNMS('cosine')) == 'SoftNMS cosine iou_threshold=0.3 min_score=0.001'
+
+
+def test_a_new_rule_is_swept_and_reported() -> None:
+    candidates, truth = drawn_test_set()
+    specs = ['SoftNMS.method=cosine', 'SoftNMS.iou_threshold=0.3,0.6']
+    result = _reevaluation(Session(candidates, truth, []), sweep_settings(specs, CFG, 1e-3, 100, 1e-3))
+    rows = [row for row in result.rows if row.params.get('method') == 'cosine']
+    assert [row.params['iou_threshold'] for row in rows] == [0.3, 0.6]
+    baseline = next(row for row in result.rows if row.setting.is_baseline)
+    assert all(0 < row.metrics['AP'] != baseline.metrics['AP'] for row in rows)
+    out = io.StringIO()
+    Console(file=out, width=400).print(to_table(result))
+    assert out.getvalue().count('cosine') == 2
 
 
 def test_the_parameters_of_the_public_functions_are_those_of_the_table() -> None:
