@@ -17,11 +17,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, not allowed, or not of the model it is loaded into; one line."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: object) -> str:
     """What an error says in one line; of one that says nothing, as a bare ``assert`` does, the code that raised it."""
     if said := next(iter(str(error).splitlines()), ''):
         return said
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(getattr(error, '__traceback__', None))
     place = f' in {Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}' if frames else ''
     return f'{type(error).__name__}{place}'
 

@@ -27,7 +27,7 @@ from mmengine.hub import get_config
 from mmengine.infer import BaseInferencer
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mmdet_softnms.files import CheckpointError, ReevaluationError
+from mmdet_softnms.files import CheckpointError, ReevaluationError, first_line
 from mmdet_softnms.yaml_file import WithTuples, parse_yaml
 
 _URLS = ('http://', 'https://', 'file://')
@@ -52,7 +52,7 @@ def local_config(name: str | Path) -> str:
             return str(get_config(str(name) if inside.endswith('.py') else f'{name}.py').filename)
         except Exception as error:  # a config is a program: whatever it raises is about the config
             raise ReevaluationError(
-                f'config {name} cannot be read ({type(error).__name__}: {_first_line(error)}); write '
+                f'config {name} cannot be read ({type(error).__name__}: {first_line(error)}); write '
                 f'{package}::FOLDER/NAME.py'
             ) from error
     if not inside and re.fullmatch(r'[\w.-]+', str(name)) and not str(name).endswith('.py'):
@@ -87,9 +87,7 @@ def read_config(name: str | Path, options: dict[str, Any] | None = None) -> Conf
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except Exception as error:  # a config is a program: whatever it raises is about the config
-        raise ReevaluationError(
-            f'config {name} cannot be read: {type(error).__name__}: {_first_line(error)}'
-        ) from error
+        raise ReevaluationError(f'config {name} cannot be read: {type(error).__name__}: {first_line(error)}') from error
     return cfg
 
 
@@ -166,7 +164,7 @@ def _fetch(url: str, place: Path, say: Callable[[str], None]) -> None:
     except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such URL, broken off
         if not place.is_file():
             raise CheckpointError(
-                f'checkpoint {url} cannot be fetched ({_first_line(getattr(error, "reason", error))}); check the '
+                f'checkpoint {url} cannot be fetched ({first_line(getattr(error, "reason", error))}); check the '
                 'network, or download it elsewhere and give its path'
             ) from error
         say(f'{url} cannot be reached: its content of an earlier run is used, {place}')
@@ -192,7 +190,7 @@ def _read_by_mmengine(name: str, trust: bool) -> Path:
             checkpoint = CheckpointLoader.load_checkpoint(name, map_location='cpu', logger='silent')
     except Exception as error:  # a backend's client may raise anything
         raise CheckpointError(
-            f'checkpoint {name} cannot be fetched by mmengine ({type(error).__name__}: {_first_line(error)}); download '
+            f'checkpoint {name} cannot be fetched by mmengine ({type(error).__name__}: {first_line(error)}); download '
             'it and give its path'
         ) from error
     place = _place(name).with_suffix('.pth')
@@ -218,7 +216,3 @@ def _weights_only(forced: bool) -> Iterator[None]:
     finally:
         if forced and before is None:
             del os.environ[key]
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).splitlines()), '') or type(error).__name__

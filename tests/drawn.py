@@ -1,8 +1,15 @@
 """A drawn test set without images: objects, and candidates round them, for what comes after the network."""
 
+import contextlib
+import copy
+import io
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from mmengine.structures import InstanceData
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
 from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
@@ -45,3 +52,23 @@ def drawn_test_set(num_images: int = 30, num_classes: int = 4, seed: int = 0) ->
     )
     classes = tuple(f'class {label}' for label in range(num_classes))
     return Candidates.of(images), GroundTruth(classes, coco, image_ids, list(range(1, num_classes + 1)))
+
+
+def pycocotools_evaluation(truth: GroundTruth, results: Sequence[InstanceData]) -> COCOeval:
+    """pycocotools' evaluation of a test set, accumulated and summarized."""
+    coco = COCO()
+    coco.dataset = copy.deepcopy(truth.coco)
+    found = [
+        dict(image_id=image_id, category_id=truth.category_ids[label], score=score, bbox=[x1, y1, x2 - x1, y2 - y1])
+        for image_id, result in zip(truth.image_ids, results, strict=True)
+        for (x1, y1, x2, y2), score, label in zip(
+            result.bboxes.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation

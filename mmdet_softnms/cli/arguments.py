@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -78,6 +79,23 @@ def require(extra: str) -> None:
             f'error: {" and ".join(missing)} {"is" if len(missing) == 1 else "are"} not installed; '
             f"in the clone of mmdet_softnms: pip install '.[{extra}]'"
         )
+
+
+def start(args: argparse.Namespace, extra: str) -> None:
+    """What a command does once its arguments are read: packages are there, mmdet works, options are mmengine's.
+
+    Raises:
+        SystemExit: with one line that names what is missing.
+    """
+    require(extra)
+    try:
+        from mmdet_softnms.registry import require_mmdet
+
+        require_mmdet()
+    except ImportError as error:
+        sys.exit(f'error: {error}')
+    args.cfg_options = config_options(args.cfg_options)
+    warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
 
 
 def _is_installed(name: str) -> bool:

@@ -16,14 +16,13 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, start
+from mmdet_softnms.files import CheckpointError, ReevaluationError
 from mmdet_softnms.reevaluation.scoring.grid import read_spec
 
 
@@ -250,18 +249,8 @@ def _terminated(number: int, frame: object) -> None:
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
     args = parse_args(arguments, prog)
-    require('reevaluate')
-    try:
-        from mmdet_softnms.registry import require_mmdet
-
-        require_mmdet()
-    except ImportError as error:
-        sys.exit(f'error: {error}')
-    from mmdet_softnms.checkpoint import CheckpointError
-
-    args.cfg_options = config_options(args.cfg_options)
+    start(args, 'reevaluate')
     _listen_to_scheduler()
-    warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
     try:
         _run(args)
     except (ReevaluationError, CheckpointError) as error:

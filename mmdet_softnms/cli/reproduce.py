@@ -16,12 +16,12 @@ import difflib
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.cli.arguments import Parser, add_cfg_options, config_options, require
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, start
+from mmdet_softnms.files import CheckpointError, ReevaluationError
 
 # A clone, or where a wheel carries the configs (pyproject.toml: .mim).
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -74,7 +74,6 @@ def print_list(models: dict[str, Any]) -> None:
 
 def load_config(model: Any, args: argparse.Namespace) -> Any:
     """The model's config with the settings of the published number, the data root, and the user's options."""
-    from mmdet_softnms.files import ReevaluationError
     from mmdet_softnms.locate import read_config
 
     cfg = read_config(model.config, model.options)
@@ -161,13 +160,8 @@ def run(args: argparse.Namespace) -> int:
     """Check, measure, compare, write; the exit status."""
     from rich.console import Console
 
-    from mmdet_softnms.checkpoint import (
-        CheckpointError,
-        allow_unsafe_loading,
-        forbid_unsafe_loading,
-        local_checkpoint,
-    )
-    from mmdet_softnms.files import ReevaluationError, sha256, write_json
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, local_checkpoint
+    from mmdet_softnms.files import sha256, write_json
     from mmdet_softnms.reevaluation import reproduction
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
 
@@ -249,18 +243,7 @@ def run(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run; one clear line for each thing that is missing or wrong, nothing half-written ever."""
     args = parse_args(arguments, prog)
-    require('reevaluate')
-    try:
-        from mmdet_softnms.registry import require_mmdet
-
-        require_mmdet()
-    except ImportError as error:
-        sys.exit(f'error: {error}')
-    from mmdet_softnms.checkpoint import CheckpointError
-    from mmdet_softnms.files import ReevaluationError
-
-    args.cfg_options = config_options(args.cfg_options)
-    warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
+    start(args, 'reevaluate')
     try:
         return run(args)
     except (ReevaluationError, CheckpointError) as error:

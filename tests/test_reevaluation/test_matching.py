@@ -1,19 +1,14 @@
 """Matching: which detection takes which object where several could, as COCO decides."""
 
-import contextlib
-import copy
-import io
-
 import numpy as np
 import pytest
 import torch
 from mmengine.structures import InstanceData
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from mmdet_softnms.reevaluation.choice.resampling import weighted_ap
 from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects, match, match_image
 from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, GroundTruth
+from tests.drawn import pycocotools_evaluation
 
 ALL = (1 << len(IOU_THRS)) - 1
 
@@ -45,22 +40,7 @@ def _found(*rows: tuple) -> InstanceData:
 
 
 def _coco_ap(truth: GroundTruth, results: list[InstanceData]) -> float:
-    coco = COCO()
-    coco.dataset = copy.deepcopy(truth.coco)
-    rows = [
-        dict(image_id=image_id, category_id=truth.category_ids[label], score=score, bbox=[x1, y1, x2 - x1, y2 - y1])
-        for image_id, result in zip(truth.image_ids, results, strict=True)
-        for (x1, y1, x2, y2), score, label in zip(
-            result.bboxes.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True
-        )
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(rows), 'bbox')
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
+    return float(pycocotools_evaluation(truth, results).stats[0])
 
 
 def _ap(matches: Matches, objects: Objects) -> float:

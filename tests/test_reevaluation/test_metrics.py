@@ -1,7 +1,6 @@
 """Metrics: faster-coco-eval's numbers are pycocotools', and ground truth that cannot be used is refused."""
 
 import contextlib
-import copy
 import io
 import json
 
@@ -19,36 +18,17 @@ from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS, REC
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS, describe
-from tests.drawn import drawn_test_set
+from tests.drawn import drawn_test_set, pycocotools_evaluation
 from tests.tiny_dataset import make_project
-
-
-def _pycocotools(truth, results):
-    coco = COCO()
-    coco.dataset = copy.deepcopy(truth.coco)
-    found = [
-        dict(image_id=image_id, category_id=truth.category_ids[label], score=score, bbox=[x1, y1, x2 - x1, y2 - y1])
-        for image_id, result in zip(truth.image_ids, results, strict=True)
-        for (x1, y1, x2, y2), score, label in zip(
-            result.bboxes.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True
-        )
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), 'bbox')
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
 
 
 @pytest.mark.parametrize('rule', [HardNMS(0.5), SoftNMS('gaussian'), SoftNMS('linear'), NoSuppression()], ids=describe)
 @pytest.mark.parametrize('seed', [0, 1])
-def test_every_number_is_pycocotools(rule, seed):
+def test_every_number_ispycocotools_evaluation(rule, seed):
     candidates, truth = drawn_test_set(seed=seed)
     results = detections(candidates, Setting(rule, 0.0, 100))
     scores = Evaluator(truth)(results)
-    expected = _pycocotools(truth, results)
+    expected = pycocotools_evaluation(truth, results)
     assert 0.05 < scores.metrics['AP'] < 0.95
     for name, value in zip(COCO_STATS, expected.stats, strict=True):
         assert scores.metrics[name] == pytest.approx(value, abs=1e-9), name

@@ -21,6 +21,7 @@ from mmengine.registry import FUNCTIONS, HOOKS, LOOPS, MODELS, RUNNERS, init_def
 from mmengine.structures import BaseDataElement
 
 from mmdet_softnms.files import ReevaluationError, first_line, sha256
+from mmdet_softnms.locate import local_checkpoint
 from mmdet_softnms.reevaluation.candidates.identity import LIBRARIES, Code, code_of, digest, model_state
 from mmdet_softnms.reevaluation.candidates.images import ImageReader, image_paths, parts_of, transforms_of
 from mmdet_softnms.reevaluation.candidates.plug import plug
@@ -102,7 +103,7 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
     infos = _infos(dataset, code.foreign, unknown)
     return dict(
         config=config,
-        checkpoint=_checkpoint(checkpoint),
+        checkpoint=sha256(local_checkpoint(checkpoint)),
         dataset=digest(dataset.metainfo.get('classes', ()), infos.pop('img_id', None), infos.pop('img_path', None)),
         infos=infos,
         images=None if None in images else digest(images),
@@ -337,16 +338,6 @@ def _infos(dataset: BaseDataset, foreign: bool, unknown: list[str]) -> dict[str,
             if key != 'sample_idx' and (foreign or key not in _OBJECTS):
                 entries.setdefault(key, []).append(digest(value if key == 'img_path' else plain(key, value)))
     return {key: digest(values) for key, values in entries.items()}
-
-
-def _checkpoint(checkpoint: str | Path) -> str:
-    """Hash of the content, wherever it lies."""
-    if osp.isfile(checkpoint):
-        return sha256(checkpoint)
-    from mmengine.runner.checkpoint import CheckpointLoader
-
-    content = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu')
-    return digest(content.get('state_dict', content) if isinstance(content, dict) else content)
 
 
 def _versions() -> dict[str, str]:

@@ -176,10 +176,11 @@ def collect(
     """
     dataset = build_test_set(cfg) if dataset is None else dataset
     shard_size = shard_size or min(SHARD_SIZE, -(-len(dataset) // _FEWEST_SHARDS))
+    expected = Expected.of(dataset)
     plan: list[Any] = [None]
     if get_dist_info()[0] == 0:
         store, shards, lines = _find_or_create(
-            Path(folder), fingerprint(cfg, checkpoint, dataset, score_floor), Expected.of(dataset), shard_size
+            Path(folder), fingerprint(cfg, checkpoint, dataset, score_floor), expected, shard_size
         )
         for line in lines:
             say(line)
@@ -191,7 +192,7 @@ def collect(
     if shards:
         _forward(cfg, checkpoint, score_floor, store, shards, work_dir, trust_checkpoint, progress)
         barrier()
-        if problems := store.check(Expected.of(dataset)) if get_dist_info()[0] == 0 else {}:
+        if problems := store.check(expected) if get_dist_info()[0] == 0 else {}:
             raise ReevaluationError(
                 f'{store.folder}: {_list(problems)} after the forward pass; is the folder on a disk all processes see?'
             )

@@ -128,6 +128,7 @@ def full_label(row: Row, rows: Sequence[Row]) -> str:
 
 
 def cell(row: Row, baseline: Row | None, column: str) -> str:
+    """A metric as a table shows it, and behind a space its difference from the baseline's."""
     value = row.metrics[column]
     if value == -1:  # COCO's "no such object"
         return '-'

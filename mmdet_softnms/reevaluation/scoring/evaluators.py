@@ -177,10 +177,10 @@ def _dataset_meta(dataset: BaseDataset | ConcatDataset, wrapper: MMEngineEvaluat
     return info
 
 
-def parts_of(dataset: Any) -> list[Any]:
-    """The data sets inside wrappers, whatever the number of these."""
+def leaves_of(dataset: Any) -> list[Any]:
+    """The innermost data sets, which hold the annotations, inside any number of wrappers."""
     inner = getattr(dataset, 'datasets', None) or ([dataset.dataset] if hasattr(dataset, 'dataset') else [])
-    return [part for one in inner for part in parts_of(one)] if inner else [dataset]
+    return [part for one in inner for part in leaves_of(one)] if inner else [dataset]
 
 
 def others(

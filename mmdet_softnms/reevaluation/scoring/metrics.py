@@ -23,7 +23,7 @@ from mmdet_softnms.reevaluation.scoring.evaluators import (
     Evaluators,
     build_evaluators,
     class_names,
-    parts_of,
+    leaves_of,
 )
 
 #: ``COCOeval.stats`` at ``maxDets=(1, 10, 100)``, by position.
@@ -96,7 +96,7 @@ def read_ground_truth(
     truth = _from_apis(classes, infos, source) if source else _from_instances(classes, infos)
     if not truth.coco['annotations']:
         raise ReevaluationError('the test set has no annotated object, so nothing can be evaluated (a test-dev split?)')
-    if evaluators.has_voc or any(isinstance(part, XMLDataset) for part in parts_of(dataset)):
+    if evaluators.has_voc or any(isinstance(part, XMLDataset) for part in leaves_of(dataset)):
         truth.voc = [_voc_annotation(info.get('instances', [])) for info in infos]
     return truth
 
