@@ -26,7 +26,7 @@ registry
 post_process
 checkpoint export
 models detectron2
-roi_heads
+roi_heads export_detector
 reevaluation
 reevaluation.candidates
 reevaluation.scoring
