@@ -9,8 +9,8 @@ import pytest
 import torch
 from yapf.yapflib import yapf_api
 
-# mmengine lays out every config that it writes or logs: a second of yapf each, three a Runner, most of the suite's time.
-# Taken out before mmengine takes it in; the text is the same Python.
+# mmengine lays out every config that it writes or logs with yapf: a second each, three a Runner.
+# Without it the text is the same Python.
 yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)
 
 SHARED = Path(__file__).parents[2] / 'shared'
