@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import CheckpointLoader
 
 TOOLS = Path(__file__).parents[1] / 'tools'
@@ -29,6 +30,7 @@ def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subproce
         mock.patch.dict(os.environ),
         mock.patch.object(sys, 'argv', [str(TOOLS / name), *map(str, arguments)]),
         mock.patch.object(sys, 'path', [str(TOOLS), *sys.path]),
+        mock.patch.dict(DetLocalVisualizer._instance_dict, clear=True),  # by name, with the folder of the first run
         mock.patch.object(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes)),
     ):
         try:

@@ -138,10 +138,14 @@ def test_the_table_is_fair(project):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_the_configs_own_row_is_mmdets_own_result(project, tmp_path):
-    """Stock suppression over stored candidates equals the stock detector, class offset and all."""
+@pytest.mark.parametrize('nms', ['stock', None])
+def test_the_configs_own_row_is_mmdets_own_result(project, nms, tmp_path):
+    """Stock suppression, or none at all, over stored candidates equals the stock detector, class offset and all."""
     cfg = Config.fromfile(project.coco_config)
-    live = _tested(project.coco_config, project.checkpoint, tmp_path / 'stock.pkl')
+    if nms is None:
+        cfg.model.test_cfg.rcnn.nms = None
+    cfg.dump(tmp_path / 'own.py')
+    live = _tested(tmp_path / 'own.py', project.checkpoint, tmp_path / 'stock.pkl')
     setting = default_settings(cfg, 1e-3, 100, 1e-3)[3]
     images = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store.load()
     for one, result in zip(detections(images, setting), live, strict=True):
@@ -191,6 +195,16 @@ def test_a_config_dumped_after_its_model_was_built_is_accepted(project, tmp_path
     cfg = Config.fromfile(project.coco_config)
     cfg.model.roi_head.test_cfg = cfg.model.test_cfg.rcnn
     assert collect(cfg, project.checkpoint, 0.5, tmp_path).forward_images == 6
+
+
+def test_what_mmdet_cannot_run_is_one_line(project, tmp_path):
+    cfg = Config.fromfile(project.coco_config)
+    cfg.dump(tmp_path / 'lists.json')
+    with pytest.raises(ReevaluationError, match=r'lists.json holds lists where mmcv needs tuples \(.*; give a .py'):
+        collect(Config.fromfile(tmp_path / 'lists.json'), project.checkpoint, 0.5, tmp_path / 'a')
+    cfg.test_cfg.fp16 = True
+    with pytest.raises(ReevaluationError, match=r'half precision here \(.*; use test_cfg.fp16=False, or a GPU'):
+        collect(cfg, project.checkpoint, 0.5, tmp_path / 'b')
 
 
 def test_batches_move_ap_by_less_than_1e_4(project):
