@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 
 from mmdet_softnms.cli import reevaluate as command_line
 from tests.commands import run_tool
@@ -346,6 +347,21 @@ def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_p
         plan(tune_on='val')
     with pytest.raises(ReevaluationError, match='say'):
         plan(resamples=10)
+
+
+def test_a_checkpoint_is_fetched_once(project, tmp_path, monkeypatch):
+    fetched, given = [], []
+
+    def fetch(name, map_location=None):
+        fetched.append(name)
+        return torch.load(project.checkpoint, map_location, weights_only=True)
+
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    monkeypatch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes | {'store://': fetch})
+    monkeypatch.setattr('mmdet_softnms.reevaluation.run.reevaluate', lambda request, *_: given.append(request))
+    done = _run(project.coco_config, 'store://tiny.pth', '--work-dir', tmp_path)
+    assert done.returncode == 0 and fetched == ['store://tiny.pth']
+    assert given[0].checkpoint.is_file() and given[0].checkpoint.is_relative_to(tmp_path / 'hub')
 
 
 def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
