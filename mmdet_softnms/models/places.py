@@ -1,8 +1,9 @@
 """Where a config may name a rule, checked before a model is built.
 
 mmcv evaluates ``nms.type`` at the first image wherever our RoI heads do not look at it, and says ``NameError``. Here it
-is one sentence, with what to write instead. mmengine's Runner by itself, without the commands of this package, still
-says ``NameError`` for a rule in ``rpn.nms`` or ``tta_cfg.nms``: nothing of this package runs there.
+is one sentence, with what to write instead. mmengine's Runner by itself, without the commands of this package, ends at
+the first image (:func:`mmdet_softnms.registry.explain_to_mmcv`); with ``NameError`` only where nothing of this package
+is imported.
 """
 
 from collections.abc import Iterator, Mapping

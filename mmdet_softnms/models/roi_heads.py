@@ -21,8 +21,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet_softnms.post_process import post_process
-from mmdet_softnms.registry import MODELS, build_rule, is_stock, resolve
+from mmdet_softnms.registry import MODELS, build_rule, explain_to_mmcv, is_stock, resolve
 from mmdet_softnms.rules import Rule
+
+explain_to_mmcv()
 
 
 class SoftNMSMixin:
