@@ -120,10 +120,14 @@ class VotedNMS:
         check_tolerance(tolerance)
         self._tolerance, self._first_only = tolerance, _flag('first_only', first_only)
         self._class_agnostic = _flag('class_agnostic', class_agnostic)
-        if hasattr(rule, 'refine'):
+        if isinstance(rule, SupportedNMS):
+            moves = isinstance(rule.rule, VotedNMS)
+        else:
+            moves = hasattr(rule, 'refine')
+        if moves:
             raise TypeError(f'VotedNMS cannot wrap {type(rule).__name__}, which moves boxes itself')
         if first_only and isinstance(rule, SupportedNMS):
-            raise ValueError('first_only compares with the raw score, which SupportedNMS rescales; leave it out')
+            raise ValueError('first_only compares with the raw score, which SupportedNMS rescales; put it inside: SupportedNMS(rule=VotedNMS(...))')
         self.params: dict[str, Any] = dict(rule=_nested(self.rule), tolerance=tolerance)
         self.params |= dict(first_only=True) if first_only else {}
         self.params |= dict(class_agnostic=True) if class_agnostic else {}
@@ -166,7 +170,9 @@ class SupportedNMS:
     must fall, too. It helped on some detectors and cost AP on others: use it where it won on images of your own.
 
     Args:
-        rule: :class:`SoftNMS` or :class:`HardNMS`, whose decay and ``min_score`` are used; None: ``SoftNMS()``.
+        rule: :class:`SoftNMS` or :class:`HardNMS`, whose decay and ``min_score`` are used; None: ``SoftNMS()``. Or a
+            :class:`VotedNMS` of these, whose votes then count raw score times q (in a VotedNMS *around* this rule,
+            they count raw scores).
         power: finite and > 0.
         prior: finite and > 0: the support that halves a score.
         class_agnostic: all candidates are of one class, for the rule and for the support.
@@ -178,23 +184,36 @@ class SupportedNMS:
     def __init__(
         self, rule: Rule | None = None, power: float = 8, prior: float = 1, class_agnostic: bool = False
     ) -> None:
-        inner = SoftNMS() if rule is None else _wrapped(rule)
-        if not isinstance(inner, SoftNMS) or type(inner).__call__ is not SoftNMS.__call__:
-            outside = ': write VotedNMS(rule=SupportedNMS(...))' if isinstance(inner, VotedNMS) else ''
-            raise TypeError(f'SupportedNMS takes SoftNMS or HardNMS as its rule, not {type(inner).__name__}{outside}')
+        self.rule = SoftNMS() if rule is None else _wrapped(rule)
+        selects: Any = self.rule.rule if isinstance(self.rule, VotedNMS) else self.rule
+        if not isinstance(selects, SoftNMS) or type(selects).__call__ is not SoftNMS.__call__:
+            raise TypeError(f'SupportedNMS takes SoftNMS, HardNMS, or VotedNMS of these, not {describe(self.rule)}')
         check_support(power, prior)
-        self.rule: SoftNMS = inner
+        self._selects: SoftNMS = selects
         self._power, self._prior = power, prior
         self._class_agnostic = _flag('class_agnostic', class_agnostic)
-        self.params: dict[str, Any] = dict(rule=_nested(inner), power=power, prior=prior)
+        self.params: dict[str, Any] = dict(rule=_nested(self.rule), power=power, prior=prior)
         self.params |= dict(class_agnostic=True) if class_agnostic else {}
 
     def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, max_num: int) -> tuple[Tensor, Tensor]:
+        groups = torch.zeros_like(labels) if self._class_agnostic or self._inside_agnostic() else labels
+        return self._selects.ranked(boxes, scores, groups, max_num, self._quality(boxes, scores, labels))
+
+    def refine(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor, kept_scores: Tensor) -> Tensor:
+        """(M, 4) boxes of the detections; they move where the rule is a :class:`VotedNMS`."""
+        if not isinstance(self.rule, VotedNMS):
+            return boxes[keep]
+        supported = (scores * self._quality(boxes, scores, labels)).to(scores.dtype)
         groups = torch.zeros_like(labels) if self._class_agnostic else labels
-        support = quality(
-            boxes, scores, groups, power=self._power, prior=self._prior, offset=self.rule.params['offset']
-        )
-        return self.rule.ranked(boxes, scores, groups, max_num, support)
+        return self.rule.refine(boxes, supported, groups, keep, kept_scores)
+
+    def _quality(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        groups = torch.zeros_like(labels) if self._class_agnostic else labels
+        offset = self._selects.params['offset']
+        return quality(boxes, scores, groups, power=self._power, prior=self._prior, offset=offset)
+
+    def _inside_agnostic(self) -> bool:
+        return isinstance(self.rule, VotedNMS) and 'class_agnostic' in self.rule.params
 
 
 class NoSuppression:

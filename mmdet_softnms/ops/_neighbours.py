@@ -178,7 +178,8 @@ def vote(boxes, scores, labels, num_classes, by_left, keep, tolerance, offset, v
             )
             for k in range(count):
                 distance = 1.0 - np.float64(hit_ious[k])
-                weights[k] = _exp(-(distance * distance) / tolerance)
+                exponent = -(distance * distance) / tolerance
+                weights[k] = _exp(exponent) if exponent > -700.0 else 0.0
             total = sum1 = sum2 = sum3 = sum4 = 0.0
             for k in range(count):
                 j = members[start + hits[k]]

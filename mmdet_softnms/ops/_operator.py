@@ -184,7 +184,7 @@ def _fake_backward(
     return torch.empty_like(boxes), torch.empty_like(scores)
 
 
-def _iou(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, ...]:
+def _iou(a: Tensor, b: Tensor, offset: float | Tensor) -> tuple[Tensor, ...]:
     """IoUs of (..., 4) boxes, 0 where they do not overlap; their intersections, unions (1 there), and (..., 2) sides of
     intersections and boxes."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]) + offset

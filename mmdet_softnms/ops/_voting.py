@@ -4,7 +4,6 @@ Plain PyTorch, which is the definition, has gradients and can be compiled; on th
 (``ops/_neighbours.py``) where neither is asked for.
 """
 
-import ctypes
 import math
 
 import torch
@@ -25,8 +24,9 @@ def vote(
 
     For a selected box i, over all candidates j of its class with a positive score, itself included, whose IoU with it
     is above 0: ``sum(p_j * box_j) / sum(p_j)`` with ``p_j = score_j * exp(-(1 - IoU_ij) ** 2 / tolerance)``. IoUs are
-    rounded as in :func:`mmdet_softnms.soft_nms`; from there on in float64 and in input order, rounded once. A box
-    that overlaps nothing, itself included (no area), stays where it is. It is the variance voting of Softer-NMS (He,
+    rounded as in :func:`mmdet_softnms.soft_nms`; from there on in float64 and in input order, rounded once. An
+    exponential below ``exp(-700)`` is 0. A box for which nobody votes, itself included (no area, or no positive score),
+    stays where it is. It is the variance voting of Softer-NMS (He,
     Zhu, Wang, Savvides, Zhang, CVPR 2019, equation 10) with equal variances, and with scores as weights as in Gidaris
     and Komodakis (ICCV 2015).
 
@@ -44,7 +44,7 @@ def vote(
         TypeError, ValueError: as ``soft_nms``; ``tolerance`` is out of range.
     """
     check_tolerance(tolerance)
-    boxes_, scores_, labels_, offset = _working(boxes, scores, labels, offset)
+    boxes_, scores_, labels_ = _working(boxes, scores, labels)
     if _has_kernel(boxes_, scores_):
         from mmdet_softnms.ops import _cpu, _neighbours  # numba takes long to import
 
@@ -60,7 +60,8 @@ def vote(
     voted_ = [wide.new_empty(0, 4)]
     for rows in keep.split(max(1, _PAIRS // max(len(boxes), 1))):
         iou = _overlaps(boxes_, labels_, rows, offset).double()
-        weights = torch.where(iou > 0, raw * torch.exp(-((1 - iou) ** 2) / tolerance), 0.0)
+        exponent = -((1 - iou) ** 2) / tolerance
+        weights = torch.where((iou > 0) & (exponent > -700), raw * torch.exp(exponent.clamp(min=-700)), 0.0)
         total = _last(weights)[:, None]
         mean = _last(weights[:, :, None] * wide) / torch.where(total > 0, total, 1.0)
         voted_.append(torch.where(total > 0, mean, wide[rows]))
@@ -90,7 +91,7 @@ def quality(
         (N,) in [0, 1), in float64 where boxes or scores are, else in float32; without gradients.
     """
     check_support(power, prior)
-    boxes_, scores_, labels_, offset = _working(boxes.detach(), scores.detach(), labels, offset)
+    boxes_, scores_, labels_ = _working(boxes.detach(), scores.detach(), labels)
     if _has_kernel(boxes_, scores_):
         from mmdet_softnms.ops import _cpu, _neighbours
 
@@ -155,19 +156,13 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f'{name} must be finite and > 0, got {value}')
 
 
-def _working(
-    boxes: Tensor, scores: Tensor, labels: Tensor | None, offset: float
-) -> tuple[Tensor, Tensor, Tensor | None, float]:
+def _working(boxes: Tensor, scores: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     check_tensors(boxes, scores, labels)
     dtype = working_type(boxes, scores)
     labels = None if labels is None else labels.to(torch.int64)
     if boxes.device.type == 'mps':  # no float64 there
         boxes, scores, labels = boxes.cpu(), scores.cpu(), None if labels is None else labels.cpu()
-    return boxes.to(dtype).contiguous(), scores.to(dtype).contiguous(), labels, _rounded(offset, dtype)
-
-
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    return value if dtype == torch.float64 else ctypes.c_float(value).value
+    return boxes.to(dtype).contiguous(), scores.to(dtype).contiguous(), labels
 
 
 def _has_kernel(*tensors: Tensor) -> bool:
@@ -181,7 +176,8 @@ def _has_kernel(*tensors: Tensor) -> bool:
 
 def _overlaps(boxes: Tensor, labels: Tensor | None, rows: Tensor, offset: float) -> Tensor:
     """(M, N) IoUs of some boxes with all of their class; 0 with others."""
-    iou = _iou(boxes[rows, None], boxes[None], offset)[0]
+    # As a tensor of the working type: a Python number would be added in a type of torch's choosing.
+    iou = _iou(boxes[rows, None], boxes[None], boxes.new_tensor(offset))[0]
     return iou if labels is None else torch.where(labels[rows, None] == labels, iou, 0.0)
 
 
