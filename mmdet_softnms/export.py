@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mmdet_softnms import __version__
 from mmdet_softnms.ops import weights
-from mmdet_softnms.rules import HardNMS, Rule, SoftNMS
+from mmdet_softnms.rules import HardNMS, Rule, SoftNMS, VotedNMS
 
 OPSET = 17
 _GONE = -1.0  # the score of a candidate that is selected, removed, or dropped
@@ -96,19 +96,20 @@ def rule_to_onnx(rule: Rule, max_num: int = -1, *, opset: int = OPSET) -> onnx.M
     """A model that suppresses candidates.
 
     Args:
-        rule: :class:`mmdet_softnms.rules.SoftNMS` or ``HardNMS``.
+        rule: :class:`mmdet_softnms.rules.SoftNMS` or ``HardNMS``, or a ``VotedNMS`` of these.
         max_num: as :func:`mmdet_softnms.soft_nms` takes it.
         opset: of the standard operators, at least 17.
 
     Returns:
         A checked model: ``boxes`` (N, 4) float32 ``xyxy``, ``scores`` (N,) float32 and ``labels`` (N,) int64 in, with
-        N left open; ``keep`` (M,) int64 and ``kept_scores`` (M,) float32 out, in selection order. N may be 0.
+        N left open; ``keep`` (M,) int64 and ``kept_scores`` (M,) float32 out, in selection order, and of a ``VotedNMS``
+        ``voted`` (M, 4) float32, its boxes. N may be 0.
 
     Raises:
         ExportError: another rule, or an opset below 17.
     """
     graph = _Graph('')
-    keep, kept = _selection(graph, rule, max_num, 'boxes', 'scores', 'labels')
+    keep, kept, voted = _selection(graph, rule, max_num, 'boxes', 'scores', 'labels')
     graph('Identity', keep, name='keep')
     graph('Identity', kept, name='kept_scores')
     inputs = [
@@ -120,6 +121,9 @@ def rule_to_onnx(rule: Rule, max_num: int = -1, *, opset: int = OPSET) -> onnx.M
         helper.make_tensor_value_info('keep', TensorProto.INT64, ['M']),
         helper.make_tensor_value_info('kept_scores', TensorProto.FLOAT, ['M']),
     ]
+    if voted is not None:
+        graph('Identity', voted, name='voted')
+        outputs.append(helper.make_tensor_value_info('voted', TensorProto.FLOAT, ['M', 4]))
     return _model(graph, 'soft_nms', inputs, outputs, opset)
 
 
@@ -136,7 +140,7 @@ def post_process_to_onnx(
     """A model of :func:`mmdet_softnms.post_process.post_process`: what a two-stage head gives, to detections.
 
     Args:
-        rule: :class:`mmdet_softnms.rules.SoftNMS` or ``HardNMS``.
+        rule: :class:`mmdet_softnms.rules.SoftNMS` or ``HardNMS``, or a ``VotedNMS`` of these.
         num_classes: K, without background.
         score_thr: candidates with ``score > score_thr`` take part.
         max_per_img: at most so many detections; 0 and -1: no limit, as in mmdet.
@@ -182,9 +186,10 @@ def post_process_to_onnx(
         everywhere = graph('Expand', per_class, graph.constant([num_rois, num_classes, 4], np.int64))
         candidate_boxes = graph('Reshape', everywhere, graph.constant([num_rois * num_classes, 4], np.int64))
         labels = graph.constant(np.tile(np.arange(num_classes), num_rois), np.int64)
-    keep, kept = _selection(graph, rule, max_per_img, candidate_boxes, candidates, labels)
+    keep, kept, voted = _selection(graph, rule, max_per_img, candidate_boxes, candidates, labels)
     columns = graph.constant([1], np.int64)
-    detections = graph('Concat', graph('Gather', candidate_boxes, keep), graph('Unsqueeze', kept, columns), axis=1)
+    found = graph('Gather', candidate_boxes, keep) if voted is None else voted
+    detections = graph('Concat', found, graph('Unsqueeze', kept, columns), axis=1)
     of_class = graph('Gather', labels, keep)
     if num_rois is not None:
         missing = graph('Sub', graph.constant([max_per_img], np.int64), graph('Shape', keep))
@@ -234,6 +239,8 @@ def tensorflow_arguments(rule: Rule) -> dict[str, float]:
     method, arguments = _arguments(rule)
     if arguments.get('class_agnostic'):
         raise ExportError('class_agnostic is not an argument of TensorFlow; export the rule as ONNX')
+    if arguments.get('decay') == 'strongest':
+        raise ExportError('TensorFlow multiplies all decays, and knows no strongest one; export the rule as ONNX')
     if arguments['offset']:
         raise ExportError(f'TensorFlow knows no offset, got {arguments["offset"]:g}; use 0')
     if method == 'hard':
@@ -265,22 +272,30 @@ def _arguments(rule: Rule) -> tuple[str, dict[str, Any]]:
     if not isinstance(rule, SoftNMS) or type(rule).__call__ is not SoftNMS.__call__:
         raise ExportError(
             f'{type(rule).__name__} cannot be exported; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in '
-            'test_cfg.rcnn.nms'
+            'test_cfg.rcnn.nms, alone or (as ONNX) in mmdet_softnms.VotedNMS'
         )
     if isinstance(rule, HardNMS):
         return 'hard', {**rule.params, 'min_score': 0.0}
     return str(rule.params['method']), rule.params
 
 
-def _selection(graph: _Graph, rule: Rule, max_num: int, boxes: str, scores: str, labels: str) -> tuple[str, str]:
-    """Add the nodes that select; names of ``keep`` (M,) and of the decayed scores (M,)."""
+def _selection(
+    graph: _Graph, rule: Rule, max_num: int, boxes: str, scores: str, labels: str
+) -> tuple[str, str, str | None]:
+    """Add the nodes that select; names of ``keep`` (M,), the decayed scores (M,), and (M, 4) boxes where they move."""
+    voting = rule if type(rule) is VotedNMS else None
+    if voting is not None:
+        rule = voting.rule
     method, arguments = _arguments(rule)
+    if voting is not None and voting.params.get('class_agnostic'):
+        labels = graph('Mul', labels, graph.constant(0, np.int64))
+    groups = labels
     if arguments.get('class_agnostic'):
         labels = graph('Mul', labels, graph.constant(0, np.int64))
     # One candidate more that is never selected: no reduction ever meets an empty tensor.
     boxes = graph('Concat', boxes, graph.constant(np.zeros((1, 4))), axis=0)
     scores = graph('Concat', scores, graph.constant([_GONE]), axis=0)
-    labels = graph('Concat', labels, graph.constant([-1], np.int64), axis=0)
+    labels, groups = (graph('Concat', one, graph.constant([-1], np.int64), axis=0) for one in (labels, groups))
     least, gone = graph.constant(max(arguments['min_score'], 0.0)), graph.constant(_GONE)
     current = graph('Where', graph('Less', scores, least), gone, scores)
     count = graph('Shape', scores)
@@ -295,9 +310,60 @@ def _selection(graph: _Graph, rule: Rule, max_num: int, boxes: str, scores: str,
     width, height = (graph('Squeeze', _columns(graph, sides, number, number + 1), second) for number in (0, 1))
     areas = graph('Mul', width, height)
     limit = graph('Squeeze', count) if max_num < 0 else graph.constant(max_num, np.int64)
-    body, alive = _body(method, arguments, boxes, labels, areas, index), _any_left(graph, current)
-    _, keep, kept = graph('Loop', limit, alive, current, outputs=3, body=body)
-    return keep, kept
+    strongest = arguments.get('decay') == 'strongest'
+    body = _body(method, arguments, boxes, labels, areas, index, current if strongest else None)
+    _, keep, kept = graph('Loop', limit, _any_left(graph, current), current, outputs=3, body=body)
+    if voting is None:
+        return keep, kept, None
+    return keep, kept, _voted(graph, voting, arguments['offset'], keep, kept, boxes, scores, groups, areas)
+
+
+def _voted(
+    graph: _Graph,
+    rule: VotedNMS,
+    offset: float,
+    keep: str,
+    kept: str,
+    boxes: str,
+    scores: str,
+    labels: str,
+    areas: str,
+) -> str:
+    """(M, 4) boxes after the votes of all candidates; IoUs as (M, N) tables, float32 (to about 1e-6 of a coordinate)."""
+    zero, one = graph.constant(0.0), graph.constant(1.0)
+    columns, rows = graph.constant([1], np.int64), graph.constant([0], np.int64)
+    chosen = graph('Gather', boxes, keep)
+    mine, others = graph('Unsqueeze', chosen, columns), graph('Unsqueeze', boxes, rows)
+
+    def corner(name: str, begin: int) -> str:
+        first, last, axis = (graph.constant([value], np.int64) for value in (begin, begin + 2, 2))
+        sliced: str = graph('Slice', name, first, last, axis)
+        return sliced
+
+    low, high = (graph(kind, corner(mine, at), corner(others, at)) for kind, at in (('Max', 0), ('Min', 2)))
+    sides = graph('Add', graph('Sub', high, low), graph.constant(offset))
+    width, height = (graph('Gather', sides, graph.constant(number, np.int64), axis=2) for number in (0, 1))
+    inside = graph('Mul', width, height)
+    total = graph('Add', graph('Unsqueeze', graph('Gather', areas, keep), columns), graph('Unsqueeze', areas, rows))
+    union = graph('Sub', total, inside)
+    overlaps = graph('And', graph('Greater', width, zero), graph('Greater', height, zero))
+    same = graph('Equal', graph('Unsqueeze', graph('Gather', labels, keep), columns), graph('Unsqueeze', labels, rows))
+    counts = graph('And', graph('And', overlaps, graph('Greater', union, zero)), same)
+    # A candidate that is not one (a score of -1) has no vote.
+    counts = graph('And', counts, graph('Unsqueeze', graph('Greater', scores, zero), rows))
+    apart = graph('Sub', one, graph('Div', inside, graph('Where', counts, union, one)))
+    near = graph(
+        'Exp', graph('Neg', graph('Div', graph('Mul', apart, apart), graph.constant(rule.params['tolerance'])))
+    )
+    weights_ = graph('Where', counts, graph('Mul', near, graph('Unsqueeze', scores, rows)), zero)
+    sums = graph('ReduceSum', weights_, columns, keepdims=1)
+    some = graph('Greater', sums, zero)
+    if rule.params.get('first_only'):
+        raw = graph('Mul', graph('Gather', scores, keep), graph.constant(0.9))
+        some = graph('And', some, graph('Unsqueeze', graph('GreaterOrEqual', kept, raw), columns))
+    moved = graph('Div', graph('MatMul', weights_, boxes), graph('Where', some, sums, one))
+    voted: str = graph('Where', some, moved, chosen)
+    return voted
 
 
 def _columns(graph: _Graph, boxes: str, begin: int, end: int) -> str:
@@ -311,8 +377,13 @@ def _any_left(graph: _Graph, current: str) -> str:
     return name
 
 
-def _body(method: str, arguments: dict[str, Any], boxes: str, labels: str, areas: str, index: str) -> onnx.GraphProto:
-    """One selection: the best box (ties: the lowest index), and the decay of its class by it."""
+def _body(
+    method: str, arguments: dict[str, Any], boxes: str, labels: str, areas: str, index: str, first: str | None
+) -> onnx.GraphProto:
+    """One selection: the best box (ties: the lowest index), and the decay of its class by it.
+
+    ``first``: where the strongest decay counts alone, the scores to start from.
+    """
     graph = _Graph('body_')
     gone = graph.constant(_GONE)
     best = graph('ArgMax', 'current', axis=0, keepdims=0, select_last_index=0)
@@ -343,6 +414,8 @@ def _body(method: str, arguments: dict[str, Any], boxes: str, labels: str, areas
     weight = weights.rewritten(rule.function, _WORDS)(graph.value(iou), *values).name
     if rule.removes:
         decayed = graph('Where', graph('And', decays, graph('Equal', weight, zero)), gone, 'current')
+    elif first is not None:  # weights never rise with the IoU
+        decayed = graph('Min', 'current', graph('Mul', first, graph('Where', decays, weight, one)))
     else:
         decayed = graph('Mul', 'current', graph('Where', decays, weight, one))
     dropped = graph('Less', decayed, graph.constant(max(arguments['min_score'], 0.0)))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS
+from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS, SupportedNMS, VotedNMS
 
 _INSTALL = (
     'mmdet_softnms needs mmdet 3.x with mmcv and mmengine to plug into a detector ({}); install either '
@@ -47,7 +47,7 @@ DATA_SAMPLERS = Registry(
     scope='mmdet_softnms',
     locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )
-for _rule in (SoftNMS, HardNMS, NoSuppression, MmcvNMS):
+for _rule in (SoftNMS, HardNMS, VotedNMS, SupportedNMS, NoSuppression, MmcvNMS):
     TASK_UTILS.register_module(module=_rule)
 
 
@@ -234,6 +234,7 @@ def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
     """Build the rule that ``test_cfg.rcnn.nms`` names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
 
     None, which mmdet takes for no suppression, becomes one, too.
+    An argument ``rule`` that is a dict is a rule inside a rule, and built as well.
 
     Raises:
         TypeError: an argument the rule does not have (often a key inherited from a base config: the message says how
@@ -249,6 +250,8 @@ def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
     if isinstance(kind, str) and kind.startswith('mmcv.ops.'):  # written out in full, or dumped by mmengine
         return MmcvNMS(kind.rpartition('.')[2], **arguments)
     cls = resolve(kind, TASK_UTILS).cls
+    if isinstance(arguments.get('rule'), Mapping):  # a rule inside a rule
+        arguments['rule'] = build_rule(arguments['rule'])
     try:
         rule: Rule = cls(**arguments)
     except TypeError as error:

@@ -53,6 +53,8 @@ class Definition:
             self.real(parameters[name]) for name in ('iou_threshold', 'sigma', 'min_score', 'offset')
         )
         self.waiting = np.ones(len(self.current), bool)
+        self.first, self.nearest = self.current.copy(), np.zeros_like(self.current)
+        self.strongest = parameters['decay'] == 'strongest'
         self.limit = len(self.current) if parameters['max_num'] < 0 else parameters['max_num']
 
     def overlaps(self, chosen: int) -> np.ndarray:
@@ -76,6 +78,9 @@ class Definition:
             rest &= self.labels == self.labels[chosen]
         rest = np.flatnonzero(rest)
         iou = self.overlaps(chosen)[rest]
+        if self.strongest:
+            iou = self.nearest[rest] = np.maximum(self.nearest[rest], iou)
+            self.current[rest] = self.first[rest]
         if self.method == 'hard':
             self.waiting[rest[iou > self.threshold]] = False
         elif self.method == 'linear':
@@ -153,6 +158,7 @@ def draw(number: int, seed: int) -> Case:
         min_score=float(random.choice([1e-3, 0.0, 0.05, 0.3, 1.0, random.random()])),
         max_num=int(random.choice([-1, -1, -1, 0, 1, 7, 100, 10**9])),
         offset=float(random.choice([0, 0, 1, 0.5])),
+        decay=str(random.choice(['product', 'product', 'strongest'])),
     )
     form = str(random.choice(['single', 'batch', 'gradient'], p=[0.8, 0.15, 0.05]))
     images = [_draw_image(random, parameters) for _ in range(int(random.integers(0, 5)) if form == 'batch' else 1)]

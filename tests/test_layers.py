@@ -15,11 +15,12 @@ files yaml_file
 locate
 ops.weights ops._compiled
 ops._arguments ops._derivative
-ops._reference ops._cpu ops._triton ops._triton_kernels
+ops._reference ops._cpu ops._triton ops._triton_kernels ops._neighbours
 ops._dispatch
 ops._operator
 ops._soft_nms
 ops._batch
+ops._voting
 ops .
 rules
 registry

@@ -23,7 +23,7 @@ from typing import Any
 
 from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, start
 from mmdet_softnms.files import CheckpointError, ReevaluationError
-from mmdet_softnms.reevaluation.scoring.grid import read_spec
+from mmdet_softnms.reevaluation.scoring.grid import expanded, read_spec
 
 
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -45,8 +45,9 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         default=[],
         type=sweep,
         metavar='GRID',
-        help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, or a YAML file; VALUES: '
-        'first:last:step or a list with commas',
+        help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, a YAML file, or a preset '
+        '(recommended, all-rules); VALUES: first:last:step or a list with commas; in a rule of a rule: '
+        'VotedNMS.rule.sigma=VALUES',
     )
     parser.add_argument(
         '--select',
@@ -87,7 +88,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
 def sweep(text: str) -> str:
     """A grid as it was given, if it can be read; whether the rule exists is seen later."""
     try:
-        read = read_spec(text)
+        read = [read_spec(one) for one in expanded([text])][0]
     except ReevaluationError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if isinstance(read, Path) and not read.is_file():

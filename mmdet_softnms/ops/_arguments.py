@@ -22,6 +22,7 @@ class Parameters(NamedTuple):
     min_score: float
     max_num: int  # -1 means no limit
     offset: float
+    decay: str = 'product'  # or 'strongest'
 
 
 def working_type(boxes: Tensor, scores: Tensor) -> torch.dtype:
@@ -83,6 +84,8 @@ def check_parameters(
     min_score: float,
     max_num: int,
     offset: float,
+    decay: str = 'product',
+    *,
     dtype: torch.dtype,
 ) -> Parameters:
     """The parameters in range and rounded to ``dtype``.
@@ -90,7 +93,7 @@ def check_parameters(
     Raises:
         TypeError, ValueError: as :func:`mmdet_softnms.soft_nms`; the message names the parameter.
     """
-    given = method, iou_threshold, sigma, min_score, max_num, offset
+    given = method, iou_threshold, sigma, min_score, max_num, offset, decay
     if _PLAIN.issuperset(map(type, given)):  # nearly always; others may not be hashable, or change
         return _check_plain(*given, dtype)
     return _check(*given, dtype)
@@ -103,9 +106,14 @@ def _check(
     min_score: float,
     max_num: int,
     offset: float,
+    decay: str,
     dtype: torch.dtype,
 ) -> Parameters:
-    weights.get(method)
+    weight = weights.get(method)
+    if not isinstance(decay, str) or decay not in ('product', 'strongest'):
+        raise ValueError(f"decay must be 'product' or 'strongest', got {decay!r}")
+    if decay == 'strongest' and not weight.falls:
+        raise ValueError(f"decay='strongest' needs a weight that never rises with the IoU, and {method!r} does")
     iou_threshold = _rounded('iou_threshold', iou_threshold, dtype)
     sigma = _rounded('sigma', sigma, dtype)
     for (name, parameter), value in zip(weights.PARAMETERS.items(), (iou_threshold, sigma), strict=True):
@@ -125,7 +133,7 @@ def _check(
         raise TypeError(f'max_num must be an int, got {max_num!r}')
     if limit < -1:
         raise ValueError(f'max_num must be >= 0, or -1 for no limit, got {limit}')
-    return Parameters(method, iou_threshold, sigma, min_score, min(limit, sys.maxsize), offset)
+    return Parameters(method, iou_threshold, sigma, min_score, min(limit, sys.maxsize), offset, decay)
 
 
 _PLAIN = {str, float, int}

@@ -46,7 +46,9 @@ _FEW = 4  # weights, below which the library's exp is sooner done than _LANES at
 _SAMPLE = 512  # scores looked at for the first bound
 
 
-def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters) -> tuple[Tensor, Tensor]:
+def select(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters, quality: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Select by the definition in :func:`mmdet_softnms.soft_nms`; CPU tensors only.
 
     Args, Returns, Raises: as :func:`mmdet_softnms.ops._reference.select`.
@@ -55,24 +57,19 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     if num_boxes >= 2**30:
         raise ValueError(f'boxes has {num_boxes:,} rows, and the kernel counts to 2^30; raise score_thr')
     boxes, scores = boxes.contiguous(), scores.contiguous()
-    dense = torch.zeros(num_boxes, dtype=torch.int64, device='cpu') if labels is None else labels.contiguous()
-    boxes_, scores_, dense_ = boxes.numpy(), scores.numpy(), dense.numpy()
+    dense_, num_classes = dense_labels(boxes, scores, labels, params.offset)
+    boxes_, scores_ = boxes.numpy(), scores.numpy()
     real = scores_.dtype.type
-
-    highest = _check(boxes_, scores_, dense_, real(params.offset))
-    if highest == _BAD_VALUE:
-        raise_bad_values(boxes, scores, labels, params.offset)
-    if highest > num_boxes + 2048:  # the kernel has two places for every label: rather for those that occur
-        dense_ = np.empty(num_boxes, np.int64)
-        highest = _number(dense.numpy(), dense_) - 1
     weight = weights.get(params.method)
     limit = num_boxes if params.max_num < 0 else min(params.max_num, num_boxes)
     keep, kept_scores = np.empty(limit, np.int64), np.empty(limit, real)
-    count = kernel(weight)(
+    strongest = params.decay == 'strongest' and not weight.removes  # which removes the same boxes either way
+    count = kernel(weight, strongest, quality is not None)(
         boxes_,
         scores_,
+        scores_ if quality is None else quality.contiguous().numpy(),
         dense_,
-        highest + 1,
+        num_classes,
         params.iou_threshold,
         params.sigma,
         real(params.min_score),
@@ -81,6 +78,27 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
         kept_scores,
     )
     return torch.from_numpy(keep[:count]), torch.from_numpy(kept_scores[:count])
+
+
+def dense_labels(boxes: Tensor, scores: Tensor, labels: Tensor | None, offset: float) -> tuple[Any, int]:
+    """(N,) int64 array of labels small enough to count with, and a number that is above them all.
+
+    Args:
+        boxes, scores: contiguous CPU tensors of one type.
+
+    Raises:
+        ValueError: a value is not finite, an area overflows, or a label is negative.
+    """
+    num_boxes = scores.shape[0]
+    dense = np.zeros(num_boxes, np.int64) if labels is None else labels.contiguous().numpy()
+    scores_ = scores.numpy()
+    highest = _check(boxes.numpy(), scores_, dense, scores_.dtype.type(offset))
+    if highest == _BAD_VALUE:
+        raise_bad_values(boxes, scores, labels, offset)
+    if highest > num_boxes + 2048:  # the kernel has two places for every label: rather for those that occur
+        numbers = np.empty(num_boxes, np.int64)
+        return numbers, _number(dense, numbers)
+    return dense, highest + 1
 
 
 @compiled(lambda real: types.int64(real[:, ::1], real[::1], types.int64[::1], real))
@@ -198,6 +216,35 @@ def _gather(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, error_model='numpy', inline='always')
+def _closest(  # type: ignore[no-untyped-def]
+    selected, after, place, end, least, x1, y1, x2, y2, area, offset, ious
+):
+    """The largest of ``least`` and the IoUs with the selected boxes from ``place`` to ``end``."""
+    zero = ious.dtype.type(0)
+    for lane in range(_LANES):
+        ious[lane] = least
+    while place != end:
+        number, first = place // _LANES, place % _LANES
+        last = number == end // _LANES
+        stop = end % _LANES if last else _LANES
+        block = selected[number]
+        for lane in range(_LANES):
+            # As in _gather; and the maximum is kept for each lane, which vectorises.
+            width = min(x2, block[2, lane]) - max(x1, block[0, lane]) + offset
+            height = min(y2, block[3, lane]) - max(y1, block[1, lane]) + offset
+            intersection = width * height
+            union = area + block[4, lane] - intersection
+            quotient = intersection / union
+            counts = (width > zero) & (height > zero) & (union > zero) & (lane >= first) & (lane < stop)
+            iou = quotient if counts else zero
+            ious[lane] = iou if iou > ious[lane] else ious[lane]
+        place = end if last else after[number] * _LANES
+    for lane in range(_LANES):
+        least = max(least, ious[lane])
+    return least
+
+
+@numba.njit(nogil=True, error_model='numpy', inline='always')
 def _where(condition, a, b):  # type: ignore[no-untyped-def]
     return a if condition else b
 
@@ -254,39 +301,45 @@ def _lanes_of(weight: weights.Weight) -> Any:
     return lanes
 
 
-_kernels: dict[weights.Weight, Any] = {}
+_kernels: dict[tuple[weights.Weight, bool, bool], Any] = {}
 _one_compiles = threading.Lock()
 
 
-def kernel(weight: weights.Weight) -> Any:
+def kernel(weight: weights.Weight, strongest: bool = False, supported: bool = False) -> Any:
     """The compiled selection of a rule; compiled at the first call, one at a time.
 
     From the disk cache where the rule is one of ``weights.py``: numba would not see a change of other files.
     """
-    known = _kernels.get(weight)
+    variant = weight, strongest, supported
+    known = _kernels.get(variant)
     if known is not None:
         return known
     with _one_compiles:
-        if weight not in _kernels:
+        if variant not in _kernels:
             cached = weight.function.__module__ == weights.__name__
-            _kernels[weight] = compiled(_selection_types, cached=cached, sources=[weights.__name__, __name__])(
-                _selection(weight)
+            _kernels[variant] = compiled(_selection_types, cached=cached, sources=[weights.__name__, __name__])(
+                _selection(*variant)
             )
-    return _kernels[weight]
+    return _kernels[variant]
 
 
 def _selection_types(real: Any) -> Any:
     wide, whole = types.float64, types.int64
-    return whole(real[:, ::1], real[::1], whole[::1], whole, wide, wide, real, real, whole[::1], real[::1])
+    return whole(real[:, ::1], real[::1], real[::1], whole[::1], whole, wide, wide, real, real, whole[::1], real[::1])
 
 
-def _selection(weight: weights.Weight) -> Callable[..., Any]:
-    """The function that numba compiles for a rule."""
+def _selection(weight: weights.Weight, strongest: bool, supported: bool) -> Callable[..., Any]:
+    """The function that numba compiles for a rule.
+
+    Args:
+        strongest: the strongest decay alone counts, not the product of all.
+        supported: the order is that of current scores times a quality of each box.
+    """
     weigh, weigh_lanes = _weight_of(weight, math.exp), _lanes_of(weight)
     removes, has_threshold = weight.removes, 'iou_threshold' in weight.parameters
 
     def select(  # type: ignore[no-untyped-def]
-        boxes, scores, labels, num_classes, iou_threshold, sigma, min_score, offset, keep, kept_scores
+        boxes, scores, quality, labels, num_classes, iou_threshold, sigma, min_score, offset, keep, kept_scores
     ):
         """Fill ``keep`` and ``kept_scores``; returns how many were selected."""
         real = scores.dtype.type
@@ -301,32 +354,41 @@ def _selection(weight: weights.Weight) -> Callable[..., Any]:
         hits = np.zeros(2 * _LANES, boxes.dtype)
         threshold = real(iou_threshold) if has_threshold else real(0)  # an IoU has to be above it to matter
         is_double = boxes.itemsize == 8
+        # What the heap orders by, and how low it may be: the scores, unless there is a quality of each box.
+        keys, floor, current = scores, min_score, scores
+        if supported:
+            keys, floor, current = np.empty(num_boxes, scores.dtype), real(0), scores.copy()
+            for i in range(num_boxes):
+                keys[i] = scores[i] * quality[i] if scores[i] >= min_score else real(-1)
+        closest = np.zeros(num_boxes if strongest else 0, boxes.dtype)  # the largest IoU with a selected box
 
         few_wanted = num_boxes >= 4 * _SAMPLE and limit <= num_boxes // 8
         sample = np.empty(_SAMPLE if few_wanted else 0, scores.dtype)
         for k in range(len(sample)):
-            sample[k] = scores[(k * 2654435761) % num_boxes]  # scattered: columns of classes have a period
+            sample[k] = keys[(k * 2654435761) % num_boxes]  # scattered: columns of classes have a period
         sample.sort()
         above = 2 + 4 * limit * _SAMPLE // num_boxes  # how many of the sample the next layer reaches down to
         bound = real(np.inf)
         size = count = 0
         while count < limit:
             if size == 0 or heap_scores[0] < bound:  # a candidate outside of the heap may be ahead
-                if bound <= min_score:
+                if bound <= floor:
                     break
-                upper, bound = bound, min_score
+                upper, bound = bound, floor
                 if above <= len(sample):
                     bound = max(bound, sample[len(sample) - above])
                     above *= 4
                 for i in range(num_boxes):
-                    if bound <= scores[i] < upper:
-                        heap_scores[size], heap_index[size] = scores[i], i
+                    if bound <= keys[i] < upper:
+                        heap_scores[size], heap_index[size] = keys[i], i
                         size += 1
                 for place in range(size // 2 - 1, -1, -1):
                     _sink(heap_scores, heap_index, size, place)
                 continue
 
             score, i = heap_scores[0], heap_index[0]
+            if supported:
+                score = current[i]
             x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
             area = (x2 - x1 + offset) * (y2 - y1 + offset)
             c = labels[i]
@@ -335,6 +397,12 @@ def _selection(weight: weights.Weight) -> Callable[..., Any]:
                 place = head[c]
             removed = False
             num_hits = 0
+            if strongest and place != end:
+                near = _closest(selected, after, place, end, closest[i], x1, y1, x2, y2, area, offset, ious)
+                if near > closest[i]:
+                    closest[i] = near
+                    score = scores[i] * real(weigh(np.float64(near), iou_threshold, sigma))
+                place = end
             if end - place < _FEW and place // _LANES == end // _LANES:  # nearly always where few are wanted
                 block = selected[end // _LANES]
                 for lane in range(place % _LANES, end % _LANES):
@@ -374,6 +442,9 @@ def _selection(weight: weights.Weight) -> Callable[..., Any]:
                 removed = score < min_score
             removed = removed or score < min_score
             seen[i] = end
+            if supported:
+                current[i] = score
+                score = score * quality[i]
 
             if not removed and score < heap_scores[0]:
                 heap_scores[0] = score
@@ -398,5 +469,6 @@ def _selection(weight: weights.Weight) -> Callable[..., Any]:
             _sink(heap_scores, heap_index, size, 0)
         return count
 
-    select.__qualname__ = f'_select_{weight.name}'  # names the file in numba's cache
+    variant = '_strongest' * strongest + '_supported' * supported
+    select.__qualname__ = f'_select_{weight.name}{variant}'  # names the file in numba's cache
     return select

@@ -50,11 +50,12 @@ def padded_soft_nms(
     min_score: float = 1e-3,
     max_num: int = -1,
     offset: float = 0.0,
+    decay: str = 'product',
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mmdet_softnms.soft_nms` with results of a size that is known beforehand; needs torch 2.4.
 
     Args:
-        boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, offset: as there.
+        boxes, scores, labels, method, iou_threshold, sigma, min_score, max_num, offset, decay: as there.
 
     Returns:
         ``keep`` (Tensor[P], int64), padded with -1; ``scores`` (Tensor[P]), padded with 0, in the dtype of the input
@@ -64,7 +65,7 @@ def padded_soft_nms(
 
     Gradients flow from the returned scores to the input scores and boxes. A kept score is its input score times the
     weights of the boxes of its class selected before it; who is selected, and in which order, is piecewise constant,
-    so its derivative is that of this product. It is undefined (and what is returned is one-sided) where scores tie,
+    so its derivative is that of this product. It is undefined (and what is returned is one-sided) where scores tie, where two boxes are the strongest,
     where an IoU is ``iou_threshold`` (the linear weight jumps there), where a score meets ``min_score``, and where
     edges of two boxes coincide. ``hard``: 1 to the score, 0 to the boxes. First derivatives in backward mode only:
     a second one raises, and this operator gives no tangents to ``torch.func.jvp`` (``soft_nms`` refuses it).
@@ -72,9 +73,9 @@ def padded_soft_nms(
     if _triton.available(scores.device):
         return _triton.soft_nms_triton(
             boxes, scores, labels, method=method, iou_threshold=iou_threshold,
-            sigma=sigma, min_score=min_score, max_num=max_num, offset=offset,
+            sigma=sigma, min_score=min_score, max_num=max_num, offset=offset, decay=decay,
         )  # fmt: skip
-    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset, decay)
     keep, kept = select(boxes, scores, labels, parameters)
     size = len(scores) if max_num < 0 else min(len(scores), max_num)
     padded = keep.new_full((size,), -1), kept.new_zeros(size)
@@ -92,6 +93,7 @@ def _fake(
     min_score: float = 1e-3,
     max_num: int = -1,
     offset: float = 0.0,
+    decay: str = 'product',
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = scores.shape[0] if max_num < 0 else torch.sym_min(scores.shape[0], max_num)
     return (
@@ -113,6 +115,7 @@ def soft_nms_backward(
     sigma: float,
     offset: float,
     wants_boxes: bool,
+    decay: str = 'product',
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (N, 4) boxes and (N,) scores from (P,) gradients of the kept scores; see :func:`padded_soft_nms`.
 
@@ -146,10 +149,17 @@ def soft_nms_backward(
         left, slopes = with_derivative(rule, iou[row, column].double(), values)
         weight = torch.ones_like(iou)
         weight[row, column] = left.to(dtype)
+        others = None
+        if decay == 'strongest':  # a product of one weight
+            nearest = torch.where(decays, iou, 0.0).argmax(1, keepdim=True)
+            alone = torch.zeros_like(decays).scatter_(1, nearest, True)
+            weight = torch.where(alone, weight, 1.0)
+            others = alone.to(dtype)
         to_scores[keep[rows]] = (gradient[rows] * weight.prod(1)).to(scores.dtype)
         if not wants_boxes:
             continue
-        per_iou = (gradient[rows] * kept_scores[rows])[row] * _products_of_others(weight)[row, column]
+        others = _products_of_others(weight) if others is None else others
+        per_iou = (gradient[rows] * kept_scores[rows])[row] * others[row, column]
         per_iou = (per_iou * slopes.to(dtype))[:, None]
         of_row, of_column = _iou_derivatives(kept[start + row], kept[begin + column], offset)
         box_gradients.index_add_(0, start + row, per_iou * of_row)
@@ -169,11 +179,12 @@ def _fake_backward(
     sigma: float,
     offset: float,
     wants_boxes: bool,
+    decay: str = 'product',
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(boxes), torch.empty_like(scores)
 
 
-def _iou(a: Tensor, b: Tensor, offset: float) -> tuple[Tensor, ...]:
+def _iou(a: Tensor, b: Tensor, offset: float | Tensor) -> tuple[Tensor, ...]:
     """IoUs of (..., 4) boxes, 0 where they do not overlap; their intersections, unions (1 there), and (..., 2) sides of
     intersections and boxes."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]) + offset
@@ -210,7 +221,7 @@ def _products_of_others(weights: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    boxes, scores, labels, ctx.method, ctx.iou_threshold, ctx.sigma, _, _, ctx.offset = inputs
+    boxes, scores, labels, ctx.method, ctx.iou_threshold, ctx.sigma, _, _, ctx.offset, ctx.decay = inputs
     keep, _, count = output
     ctx.mark_non_differentiable(keep, count)
     ctx.save_for_backward(boxes, scores, labels, keep)
@@ -220,9 +231,9 @@ def _backward(ctx, _keep, gradient, _count):  # type: ignore[no-untyped-def]
     boxes, scores, labels, keep = ctx.saved_tensors
     to_boxes, to_scores = soft_nms_backward(
         gradient, boxes, scores, labels, keep, ctx.method, ctx.iou_threshold, ctx.sigma, ctx.offset,
-        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[0], ctx.decay,
     )  # fmt: skip
-    return to_boxes, to_scores, None, None, None, None, None, None, None
+    return to_boxes, to_scores, *[None] * 8
 
 
 if REGISTERS:

@@ -21,21 +21,26 @@ def reference(
     min_score: float = 1e-3,
     max_num: int = -1,
     offset: float = 0,
+    decay: str = 'product',
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`mmdet_softnms.soft_nms` in plain PyTorch, to compare with; slow, without gradients.
 
     Args, Returns, Raises: as there. Any device that has float64.
     """
-    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset, decay)
     keep, kept_scores = select(*checked(boxes, scores, labels, parameters))
     return keep, kept_scores.to(scores.dtype)
 
 
-def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters) -> tuple[Tensor, Tensor]:
+def select(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters, quality: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Select by the definition in :func:`mmdet_softnms.soft_nms`.
 
     Args:
         boxes (Tensor[N, 4]), scores (Tensor[N]): of one dtype, float32 or float64. labels: (Tensor[N]) or None.
+        quality (Tensor[N], optional): in [0, 1], of the same dtype. Boxes are ordered by current score times quality,
+            and that is the score returned; ``min_score`` is compared with the current score.
 
     Returns:
         keep (Tensor[M], int64) and scores (Tensor[M]), in selection order.
@@ -56,26 +61,30 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     # As a tensor of the working type: a Python number would be added in a type of torch's choosing.
     offset = boxes.new_tensor(params.offset)
     areas = box_areas(boxes, params.offset)
-    current = scores.clone()
+    current, closest = scores.clone(), torch.zeros_like(scores)
     alive = current >= scores.new_tensor(params.min_score)
     index = torch.arange(len(scores), device=scores.device)
     keep: list[Tensor] = []
     kept_scores: list[Tensor] = []
     limit = len(scores) if params.max_num < 0 else params.max_num
     while len(keep) < limit and alive.any():
-        top = current[alive].max()
-        chosen = index[alive & (current == top)][0]  # ties: the lowest index; argmax promises no order
+        key = current if quality is None else current * quality
+        top = key[alive].max()
+        chosen = index[alive & (key == top)][0]  # ties: the lowest index; argmax promises no order
         keep.append(chosen)
         kept_scores.append(top)
         alive[chosen] = False
 
         iou = _iou_with(boxes, areas, chosen, offset)
         decays = alive if labels is None else alive & (labels == labels[chosen])
+        if params.decay == 'strongest':
+            closest = iou = torch.where(decays, torch.maximum(closest, iou), closest)
         left = rule.function(iou.double(), *values).to(iou.dtype)
         if rule.removes:
             alive &= ~decays | (left > 0)
             continue
-        current = torch.where(decays, current * left, current)
+        before = scores if params.decay == 'strongest' else current
+        current = torch.where(decays, before * left, current)
         alive &= current >= scores.new_tensor(params.min_score)
     if not keep:
         return index[:0], scores[:0].clone()

@@ -1,5 +1,7 @@
 """The public operator: with gradients and compilers by the registered one, else straight to the device's path."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -9,6 +11,7 @@ from mmdet_softnms.ops._dispatch import select
 from mmdet_softnms.ops._operator import REGISTERS, padded_soft_nms
 
 Method = str  #: a name in :data:`mmdet_softnms.ops.weights.WEIGHTS`
+Decay = Literal['product', 'strongest']
 
 
 def soft_nms(
@@ -22,6 +25,7 @@ def soft_nms(
     min_score: float = 1e-3,
     max_num: int = -1,
     offset: float = 0,
+    decay: Decay = 'product',
 ) -> tuple[Tensor, Tensor]:
     """Soft-NMS (Bodla, Singh, Chellappa, Davis, ICCV 2017, section 3), exact, class by class.
 
@@ -54,6 +58,8 @@ def soft_nms(
         min_score: in [0, 1]; boxes that fall below it are dropped.
         max_num: return at most this many boxes, the first of the merged sequence over all classes; -1: no limit.
         offset: added to widths and heights, 0 (mmdet's coordinates) or 1 (the authors' and Detectron's).
+        decay: ``'product'``, the definition above, or ``'strongest'``: the weight of the largest IoU with a selected
+            box of the class alone, times the input score (several neighbours do not add up).
 
     Returns:
         ``keep`` (Tensor[M], int64), input indices in selection order, and ``scores`` (Tensor[M]), the decayed scores
@@ -64,12 +70,14 @@ def soft_nms(
         ValueError: wrong shapes, lengths or devices; coordinates that are not finite or whose areas overflow; scores
             that are not finite; negative labels; a parameter out of range. The message names the argument.
     """
-    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset)
+    parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset, decay)
     if differentiable_or_compiled(boxes, scores):
         if not torch.compiler.is_compiling():  # torch's own errors would name the operator's schema
             check_tensors(boxes, scores, labels)
             parameters = check_parameters(*parameters, dtype=working_type(boxes, scores))
-        keep, kept_scores, count = padded_soft_nms(boxes, scores, labels, *parameters[:-1], float(parameters.offset))
+        keep, kept_scores, count = padded_soft_nms(
+            boxes, scores, labels, *parameters._replace(offset=float(parameters.offset))
+        )
         num = count.item()
         # Not is_compiling(), which is also true where another thread is at it.
         if torch.compiler.is_dynamo_compiling() or isinstance(num, torch.SymInt):

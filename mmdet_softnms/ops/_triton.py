@@ -99,6 +99,7 @@ def soft_nms_triton(
     min_score: float = 1e-3,
     max_num: int = -1,
     offset: float = 0,
+    decay: str = 'product',
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mmdet_softnms.soft_nms` for one image or a batch, with an output of fixed size and without waiting.
 
@@ -110,7 +111,7 @@ def soft_nms_triton(
         images (Tensor[N], optional): which image of the batch each candidate belongs to, any integer type, in
             [0, ``num_images``), in any order. Images never influence each other.
         num_images: B, the number of images, where ``images`` is given.
-        method, iou_threshold, sigma, min_score, offset: as in ``soft_nms``.
+        method, iou_threshold, sigma, min_score, offset, decay: as in ``soft_nms``.
         max_num: as in ``soft_nms``, for each image.
 
     Returns:
@@ -136,7 +137,7 @@ def soft_nms_triton(
         if num_images < 0:
             raise ValueError(f'num_images must be >= 0, got {num_images}')
     dtype = working_type(boxes, scores)
-    params = check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, dtype)
+    params = check_parameters(method, iou_threshold, sigma, min_score, max_num, offset, decay, dtype=dtype)
     score_dtype = scores.dtype
     with torch.no_grad():
         keep, kept_scores, count = run(
@@ -307,6 +308,7 @@ def _select(
         kernels.select[(min(num_boxes, _MOST_PROGRAMS),)](
             boxes,
             live,
+            live.clone() if params.decay == 'strongest' else live,
             order,
             starts,
             segments,
@@ -319,6 +321,7 @@ def _select(
             params.min_score,
             params.offset,
             **kernels.rule(weights.get(params.method)),
+            STRONGEST=params.decay == 'strongest',
             CHUNK=chunk,
             TABLE=table,
             num_warps=_WARPS,

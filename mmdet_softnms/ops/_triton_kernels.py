@@ -14,7 +14,8 @@ Arithmetic is the reference's, operation by operation. The launches turn multipl
 correctly rounded division (plain ``/`` on float32 is not, in Triton), and weights are computed in float64.
 
 Names: ``live`` (N,): current scores, >= 0; -1 where the candidate is out (below ``min_score``, removed, selected, or
-past the segment's end). ``index``: input index. ``head``, ``winner``: best live score of the loaded chunk and its
+past the segment's end). ``index``: input index. ``s``, ``s0``: current score, and the one to start from.
+``head``, ``winner``: best live score of the loaded chunk and its
 lowest input index. ``rival``, ``rival_index``, ``rival_chunk``: the best bound among the waiting chunks. ``k``:
 selections so far in the segment. ``seen``: how many of them a waiting chunk's scores reflect.
 """
@@ -140,6 +141,7 @@ def prepare(
 def select(
     boxes,
     live,
+    raw,
     order,
     starts,
     segments,
@@ -155,6 +157,7 @@ def select(
     THRESHOLD: tl.constexpr,  # noqa: N803
     SIGMA: tl.constexpr,  # noqa: N803
     REMOVES: tl.constexpr,  # noqa: N803
+    STRONGEST: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     TABLE: tl.constexpr,  # noqa: N803
 ):
@@ -163,6 +166,7 @@ def select(
     Args:
         boxes: (N, 4), by input index.
         live: (N,), in ``order``; changed.
+        raw: (N,), in ``order``: the scores to start from; looked at where STRONGEST.
         order: (N,) int64 input indices, segment by segment, each by falling score and rising index. Where every
             segment fits into one chunk (TABLE = 1) any order within them will do.
         starts: (N + 1,) int64: where each segment begins; N behind the last.
@@ -172,6 +176,7 @@ def select(
         final: (N,), filled with -1 by the caller.
         max_num: at most this many selections in a segment.
         WEIGHT, THRESHOLD, SIGMA, REMOVES: of a rule, by :func:`rule`.
+        STRONGEST: the strongest decay alone counts, not the product of all.
         TABLE: a power of 2, at least the number of chunks in the longest segment that may come.
     """
     lane = tl.arange(0, CHUNK)
@@ -188,7 +193,7 @@ def select(
         start = tl.load(starts + segment)
         length = (tl.load(starts + segment + 1) - start).to(tl.int32)
         limit = tl.minimum(length, max_num)
-        index, x1, y1, x2, y2, area, s = _load(boxes, live, order, start, length, lane, extra)
+        index, x1, y1, x2, y2, area, s, s0 = _load(boxes, live, raw, order, start, length, lane, extra, STRONGEST)
         head, winner = _front(s, index)
         k = 0
 
@@ -213,14 +218,17 @@ def select(
                 chunk = rival_chunk
                 # All of the block's stores to live and picked come before the loads below, whoever made them.
                 tl.debug_barrier()
-                index, x1, y1, x2, y2, area, s = _load(boxes, live, order, start, length, chunk * CHUNK + lane, extra)
+                place = chunk * CHUNK + lane
+                index, x1, y1, x2, y2, area, s, s0 = _load(
+                    boxes, live, raw, order, start, length, place, extra, STRONGEST
+                )
                 here = slot == chunk
                 missed = tl.max(tl.where(here, seen, 0), axis=0)
                 while missed < k:
                     by = tl.load(picked + start + missed)
                     s = _decay(
-                        s, x1, y1, x2, y2, area, boxes, by, threshold, width64, lowest, extra,
-                        WEIGHT, THRESHOLD, SIGMA, REMOVES,
+                        s, s0, x1, y1, x2, y2, area, boxes, by, threshold, width64, lowest, extra,
+                        WEIGHT, THRESHOLD, SIGMA, REMOVES, STRONGEST,
                     )  # fmt: skip
                     missed += 1
                 bound = tl.where(here, -1.0, bound)
@@ -231,15 +239,15 @@ def select(
                 k += 1
                 s = tl.where(index == winner, -1.0, s)
                 s = _decay(
-                    s, x1, y1, x2, y2, area, boxes, winner, threshold, width64, lowest, extra,
-                    WEIGHT, THRESHOLD, SIGMA, REMOVES,
+                    s, s0, x1, y1, x2, y2, area, boxes, winner, threshold, width64, lowest, extra,
+                    WEIGHT, THRESHOLD, SIGMA, REMOVES, STRONGEST,
                 )  # fmt: skip
             head, winner = _front(s, index)
 
 
 @triton.jit
-def _load(boxes, live, order, start, length, place, extra):
-    """The candidates at ``place`` of a segment: input index, corners, area and current score of each."""
+def _load(boxes, live, raw, order, start, length, place, extra, STRONGEST: tl.constexpr):  # noqa: N803
+    """The candidates at ``place`` of a segment: input index, corners, area, current score and the one to start from."""
     inside = place < length
     s = tl.load(live + start + place, mask=inside, other=-1.0)
     index = tl.load(order + start + place, mask=inside, other=_LAST)
@@ -247,7 +255,8 @@ def _load(boxes, live, order, start, length, place, extra):
     y1 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
     x2 = tl.load(boxes + index * 4 + 2, mask=inside, other=0.0)
     y2 = tl.load(boxes + index * 4 + 3, mask=inside, other=0.0)
-    return index.to(tl.int32), x1, y1, x2, y2, _area(x1, y1, x2, y2, extra), s
+    s0 = tl.load(raw + start + place, mask=inside, other=-1.0) if STRONGEST else s
+    return index.to(tl.int32), x1, y1, x2, y2, _area(x1, y1, x2, y2, extra), s, s0
 
 
 @triton.jit
@@ -287,6 +296,7 @@ def _divide(a, b):
 @triton.jit
 def _decay(
     s,
+    s0,
     x1,
     y1,
     x2,
@@ -302,6 +312,7 @@ def _decay(
     THRESHOLD: tl.constexpr,  # noqa: N803
     SIGMA: tl.constexpr,  # noqa: N803
     REMOVES: tl.constexpr,  # noqa: N803
+    STRONGEST: tl.constexpr,  # noqa: N803
 ):
     """The scores after the box with input index ``by`` was selected; -1 where that leaves too little."""
     corner = boxes + by.to(tl.int64) * 4
@@ -327,6 +338,10 @@ def _decay(
     if REMOVES:
         after = s
         stays = weight > 0
+    elif STRONGEST:
+        # Weights never rise with the IoU, and rounding keeps order: the least product is that of the largest IoU.
+        after = tl.minimum(s, s0 * weight.to(s.dtype))
+        stays = after >= lowest
     else:
         after = s * weight.to(s.dtype)
         stays = after >= lowest

@@ -20,7 +20,7 @@ A new rule is one function here, or anywhere else with ``@register``::
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class Weight:
     function: Callable[..., Any]
     parameters: tuple[str, ...]  # those of PARAMETERS that it takes, in the order of its arguments
     removes: bool  # a weight of 0 removes the box, whatever min_score is; all others are 1
+    falls: bool = True  # never rises with the IoU, which decay='strongest' needs
 
 
 #: By the name that ``method=`` takes.
@@ -84,8 +85,7 @@ def register(function: Any = None, *, removes: bool = False) -> Any:
         raise ValueError(f'{name} takes {", ".join(taken)}; a weight takes iou, then any of {", ".join(PARAMETERS)}')
     rewritten(function, WORDS)  # says what it may not use
     weight = Weight(name, function, taken[1:], removes)
-    _check_range(weight)
-    WEIGHTS[name] = weight
+    WEIGHTS[name] = replace(weight, falls=_check_range(weight))
     return function
 
 
@@ -136,8 +136,9 @@ def rewritten(
     return copy
 
 
-def _check_range(weight: Weight) -> None:
-    """What makes lazy selection exact, at some IoUs and thresholds."""
+def _check_range(weight: Weight) -> bool:
+    """What makes lazy selection exact, at some IoUs and thresholds; returns whether the weight never rises."""
+    falls = True
     function = rewritten(weight.function, dict(where=np.where, exp=np.exp, cos=np.cos, sqrt=np.sqrt))
     iou = np.linspace(0, 1, 201)
     for threshold in (0.0, 0.3, 0.5, 1.0):
@@ -156,6 +157,8 @@ def _check_range(weight: Weight) -> None:
                 f'{weight.name} gives {weights[place]} at an IoU of {iou[place]:g} with {values}; weights lie in '
                 '[0, 1], are 1 at an IoU of 0 and up to iou_threshold, and 0 or 1 where they remove'
             )
+        falls &= bool((np.diff(weights) <= 0).all())
+    return falls
 
 
 @register

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     'min_score': 1e-3,
     'max_num': -1,
     'offset': 0,
+    'decay': 'product',
 }
 METHODS = ('linear', 'gaussian', 'hard')
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,6 +69,7 @@ def naive(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **paramet
     real: Any = np.float64 if working_dtype(boxes, scores) == torch.float64 else np.float32
     rows = boxes.to(torch.float64).numpy().astype(real)
     current: list[Any] = list(scores.to(torch.float64).numpy().astype(real))
+    first, nearest = list(current), [real(0)] * len(current)
     classes = [0] * len(current) if labels is None else [int(label) for label in labels]
     threshold, sigma, min_score, offset = (real(p[name]) for name in ('iou_threshold', 'sigma', 'min_score', 'offset'))
 
@@ -92,10 +94,14 @@ def naive(boxes: Tensor, scores: Tensor, labels: Tensor | None = None, **paramet
             remaining.remove(best)
             for i in list(remaining):
                 overlap = iou(rows[best], rows[i])
+                before = current[i]
+                if p['decay'] == 'strongest':
+                    overlap = nearest[i] = max(nearest[i], overlap)
+                    before = first[i]
                 if p['method'] == 'gaussian':
-                    current[i] = current[i] * real(math.exp(-float(overlap) * float(overlap) / float(sigma)))
+                    current[i] = before * real(math.exp(-float(overlap) * float(overlap) / float(sigma)))
                 elif overlap > threshold and p['method'] == 'linear':
-                    current[i] = current[i] * (real(1) - overlap)
+                    current[i] = before * (real(1) - overlap)
                 elif overlap > threshold:
                     remaining.remove(i)
                     continue
@@ -206,6 +212,7 @@ parameters_strategy: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         'min_score': st.sampled_from([1e-3, 0.0, 0.05, 0.3, 1.0]),
         'max_num': st.sampled_from([-1, -1, -1, -1, 100, 7, 1, 0, 10**12]),
         'offset': st.sampled_from([0, 1, 0.5]),
+        'decay': st.sampled_from(['product', 'product', 'strongest']),
     }
 )
 

@@ -1,12 +1,55 @@
 """How a sweep is written: ``RULE.PARAMETER=VALUES``. Standard library alone: a command line is checked before torch."""
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdet_softnms.files import ReevaluationError
 
 AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
+
+
+#: A name for several specs. ``recommended``: about 20 settings of soft, strongest and voted rules that do not rescale
+#: scores. ``all-rules``: every rule there is, at the parameters of its paper or of docs/rules.md.
+PRESETS: dict[str, tuple[str, ...]] = {
+    'recommended': (
+        'SoftNMS.decay=product,strongest',
+        'SoftNMS.iou_threshold=0.3,0.4,0.5',
+        'SoftNMS.sigma=0.3,0.5,0.7',
+        'VotedNMS.rule.decay=product,strongest',
+        'VotedNMS.rule.iou_threshold=0.3',
+        'VotedNMS.rule.sigma=0.5',
+        'VotedNMS.tolerance=0.025,0.05',
+    ),
+    'all-rules': (
+        'SoftNMS.decay=product,strongest',
+        'SoftNMS.iou_threshold=0.3',
+        'SoftNMS.sigma=0.5',
+        'VotedNMS.rule.decay=product,strongest',
+        'VotedNMS.rule.iou_threshold=0.3',
+        'VotedNMS.rule.sigma=0.5',
+        'SupportedNMS.rule=SoftNMS',
+    ),
+}
+
+
+def expanded(specs: Iterable[str]) -> list[str]:
+    """Specs, with those of a preset in the place of its name."""
+    return [one for spec in specs for one in PRESETS.get(spec, (spec,))]
+
+
+def flattened(rule: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A rule of a sweep file with the rules inside it: ``{rule: {type: A, sigma: 1}}`` is ``{rule: A, rule.sigma: 1}``."""
+    flat = {}
+    for name, value in rule.items():
+        if name == 'rule' and isinstance(value, Mapping):
+            inside = {'type': 'SoftNMS', **flattened(value)}
+            flat[name] = [inside.pop('type')]
+            flat |= {f'rule.{one}': values for one, values in inside.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def read_spec(spec: str) -> tuple[str, str, list[Any]] | Path:
@@ -19,11 +62,15 @@ def read_spec(spec: str) -> tuple[str, str, list[Any]] | Path:
     if not equals and Path(spec).suffix in ('.yml', '.yaml'):
         return Path(spec)
     rule, _, parameter = name.rpartition('.')
+    if '.rule.' in name:  # of a rule inside the rule
+        rule, _, parameter = name.partition('.rule.')
+        parameter = f'rule.{parameter}'
     if name in AROUND or (equals and rule):
         return rule, parameter, read_values(values, spec)
     raise ReevaluationError(
         f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
-        f'{", ".join(f"{one}=VALUES" for one in AROUND)}, or the path of a YAML file'
+        f'{", ".join(f"{one}=VALUES" for one in AROUND)}, the path of a YAML file, or one of the presets '
+        f'{", ".join(PRESETS)}'
     )
 
 

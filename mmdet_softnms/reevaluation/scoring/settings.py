@@ -19,9 +19,9 @@ from mmengine.config import Config
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.ops import weights
 from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
-from mmdet_softnms.reevaluation.scoring.grid import AROUND, read_spec, read_values
+from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
+from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, name_of, words_of
 from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
@@ -43,7 +43,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The rule's name as a config would write it; stock ones by mmdet's own ``type``."""
-        return self.rule.nms_type if isinstance(self.rule, MmcvNMS) else type(self.rule).__name__
+        return name_of(self.rule)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -53,7 +53,10 @@ class Setting:
     @property
     def class_agnostic(self) -> bool:
         """Whether boxes of different classes suppress each other."""
-        return bool(self.rule.params.get('class_agnostic', False))
+        params = self.rule.params
+        while 'class_agnostic' not in params and isinstance(params.get('rule'), dict):
+            params = params['rule']  # that of the rule inside
+        return bool(params.get('class_agnostic', False))
 
     @property
     def group(self) -> tuple[float, int, bool]:
@@ -70,12 +73,7 @@ class Setting:
     @property
     def label(self) -> str:
         """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, without the thresholds around it."""
-        params = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and not value)}
-        words = [str(params.pop('method'))] if 'method' in params else []
-        words += [
-            f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}' for name, value in params.items()
-        ]
-        return ' '.join([self.name, *words]) + (' (config)' if self.source == 'config' else '')
+        return ' '.join([self.name, *words_of(self.rule.params)]) + (' (config)' if self.source == 'config' else '')
 
     def snippet(self, head: str | Mapping[str, Any]) -> str:
         """The lines to paste into a config that has this setting.
@@ -86,14 +84,23 @@ class Setting:
         """
         written = dict(type=f'mmdet_softnms.{head.split(".")[-1]}') if isinstance(head, str) else head
         head_arguments = ', '.join(f'{name}={value!r}' for name, value in written.items())
-        kind = self.name if isinstance(self.rule, MmcvNMS) else resolve(type(self.rule), TASK_UTILS).type
-        arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
-        nms = ', '.join([f'type={kind!r}', *(f'{name}={value!r}' for name, value in arguments.items())])
+        nms = _written(self.rule)
         return (
             f'model = dict(\n    {ROI_HEADS.part}=dict({head_arguments}),\n'
             f'    test_cfg=dict({ROI_HEADS.key}=dict('
             f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
         )
+
+
+def _written(rule: Rule) -> str:
+    """The arguments of the dict that a config writes for a rule."""
+    kind = name_of(rule) if isinstance(rule, MmcvNMS) else resolve(type(rule), TASK_UTILS).type
+    arguments = {
+        name: f'dict({_written(rule.rule)})' if name == 'rule' and hasattr(rule, 'rule') else repr(value)
+        for name, value in rule.params.items()
+        if not (name == 'offset' and value == 0)
+    }
+    return ', '.join([f'type={kind!r}', *(f'{name}={value}' for name, value in arguments.items())])
 
 
 def baseline_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None:
@@ -184,12 +191,13 @@ def sweep_settings(
 
     Args:
         specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
-            or the path of a YAML file. VALUES are ``first:last:step`` with both ends, or a list with commas. All
+            the path of a YAML file, or one of the presets in grid.py. VALUES are ``first:last:step`` with both ends, or a list with commas. All
             parameters of one rule are crossed with each other; different rules are not; the three thresholds are
             crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's
             ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, a parameter sweeps the first rule of
             :data:`mmdet_softnms.ops.weights.WEIGHTS` that takes it: ``iou_threshold`` the linear one, ``sigma`` the
-            gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
+            gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (the default), its parameters
+            ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
             and the thresholds.
         cfg: the user's config.
         score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
@@ -220,7 +228,7 @@ def _read_specs(specs: Sequence[str]) -> tuple[list[tuple[str, dict[str, list[An
     grids: dict[str, dict[str, list[Any]]] = {}
     listed: list[tuple[str, dict[str, list[Any]]]] = []
     around: dict[str, list[Any]] = {}
-    for spec in specs:
+    for spec in expanded(specs):
         read = read_spec(spec)
         if isinstance(read, Path):
             found, thresholds = _read_file(read)
@@ -260,40 +268,45 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
             f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules!r:.80}'
         )
     for entry in rules:
-        if not isinstance(entry, dict) or not all(isinstance(one, str) for one in (entry.get('type'), *entry)):
+        if not isinstance(entry, dict) or not all(
+            isinstance(one, str) for one in (entry.get('type'), *flattened(entry))
+        ):
             raise ReevaluationError(
                 f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}'
             )
-        grids.append((entry['type'], {key: values(raw) for key, raw in entry.items() if key != 'type'}))
+        parameters = flattened(entry)
+        grids.append((parameters.pop('type'), {key: values(raw) for key, raw in parameters.items()}))
     return grids, {name: values(content[name]) for name in AROUND if name in content}
 
 
 def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agnostic: bool) -> list[Rule]:
     """Every rule of a grid, those that come out the same once."""
     grid = dict(grid)
-    kind = name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
+    kind = _scoped(name)
     swept = list(grid)
-    if kind == 'mmdet_softnms.SoftNMS' and 'method' not in grid:
-        methods = [_method_of(parameter) for parameter in weights.PARAMETERS if parameter in grid]
+    inside = _place_of_soft_nms(kind, grid)
+    if inside is not None and f'{inside}method' not in grid:
+        methods = [_method_of(parameter) for parameter in weights.PARAMETERS if f'{inside}{parameter}' in grid]
         if methods:
-            grid = {'method': methods, **grid}  # rows of one method together
-    if 'min_score' not in grid and (kind == 'soft_nms' or 'min_score' in _parameters(kind)):
-        grid['min_score'] = [min_score]
+            grid = {f'{inside}method': methods, **grid}  # rows of one method together
     if class_agnostic and 'class_agnostic' not in grid:
         grid['class_agnostic'] = [True]  # a rule that has no such argument says so
     rules: dict[str, Rule] = {}
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))
         try:
-            rule = build_rule(dict(type=kind, **arguments))
-            if isinstance(rule, MmcvNMS):  # which takes any number
-                SoftNMS(**{name: value for name, value in rule.params.items() if name in _RANGED})
+            rule = build_rule(_config(kind, arguments, min_score))
+            innermost = rule
+            while hasattr(innermost, 'rule'):
+                innermost = innermost.rule
+            if isinstance(innermost, MmcvNMS):  # which takes any number
+                SoftNMS(**{name: value for name, value in innermost.params.items() if name in _RANGED})
             rule(_PROBE, _PROBE[:, 2] / 10, _PROBE.new_zeros(2, dtype=torch.int64), -1)  # mmdet's own check when called
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ReevaluationError(f'sweep over {name} with {arguments}: {error}') from error
         rules.setdefault(str(rule.params), rule)
     for parameter in swept:
-        if len(grid[parameter]) > 1 and not any(parameter in rule.params for rule in rules.values()):
+        if len(grid[parameter]) > 1 and not any(_uses(rule.params, parameter) for rule in rules.values()):
             raise ReevaluationError(
                 f'a sweep over {name}.{parameter} changes nothing: {next(iter(rules.values())).params} does not use it'
             )
@@ -303,6 +316,40 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
 def _method_of(parameter: str) -> str:
     """The first rule that takes a parameter."""
     return next(name for name, weight in weights.WEIGHTS.items() if parameter in weight.parameters)
+
+
+def _scoped(name: str) -> str:
+    return name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
+
+
+def _place_of_soft_nms(kind: str, grid: Mapping[str, list[Any]]) -> str | None:
+    """What stands before the parameters of SoftNMS in a grid: nothing, ``'rule.'`` where it is inside, or None."""
+    place = ''
+    while kind != 'mmdet_softnms.SoftNMS':
+        inside = grid.get(f'{place}rule', ['SoftNMS'])
+        if 'rule' not in _parameters(kind) or len(inside) > 1:
+            return None
+        kind, place = _scoped(inside[0]), f'{place}rule.'
+    return place
+
+
+def _config(kind: str, arguments: Mapping[str, Any], min_score: float) -> dict[str, Any]:
+    """The dict of a rule, with those of the rules inside; ``min_score`` where one takes it and none is given."""
+    written = {name: value for name, value in arguments.items() if not name.startswith('rule.')}
+    inside = {name.removeprefix('rule.'): value for name, value in arguments.items() if name.startswith('rule.')}
+    if inside or 'rule' in _parameters(kind):
+        written['rule'] = _config(_scoped(written.get('rule', 'SoftNMS')), inside, min_score)
+    if kind == 'soft_nms' or 'min_score' in _parameters(kind):
+        written.setdefault('min_score', min_score)
+    return dict(type=kind, **written)
+
+
+def _uses(params: Any, parameter: str) -> bool:
+    for name in parameter.split('.'):
+        if not isinstance(params, Mapping) or name not in params:
+            return False
+        params = params[name]
+    return True
 
 
 def _parameters(kind: str) -> Iterable[str]:
