@@ -5,7 +5,7 @@ mmengine writes its message hub and the data set's metainfo into every checkpoin
 maintained mmengine fork then falls back to unpickling everything, which runs whatever code the file brings. Here
 exactly those types are allowed, and nothing else.
 
-Three things can be wrong with a file, and each has a remedy of its own: it is *damaged* (fetch it again), it is of
+Three things can be wrong with a file, each with its remedy: it is *damaged* (fetch it again), it is of
 another *format* (convert it), or it holds types that are *not allowed* (trust it, or do not).
 """
 
@@ -95,7 +95,7 @@ def allow_zoo_types() -> None:
     """Let ``torch.load(weights_only=True)`` of this process read the types that mmengine's checkpoints hold."""
     if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4 knows no allow-list: tensors only
         return
-    # The fork allows these for each load of its own, the real getattr among them, and disallows them afterwards.
+    # The fork allows these during each of its loads, the real getattr among them, and disallows them afterwards.
     mmengine.runner.checkpoint.get_torch_safe_globals = list
     multiarray: Any = (np._core if hasattr(np, '_core') else np.core).multiarray  # type: ignore[attr-defined]
     # Constructors that only take values: of containers, of dates, of arrays, of dtypes without Python objects.
@@ -276,8 +276,8 @@ def check_weights(model: nn.Module, name: str | Path, *, trust: bool = False, ig
         ignore: prefixes of checkpoint entries the model may lack (a mask head that is left out).
 
     Raises:
-        CheckpointError: see :func:`load_checkpoint`; or shapes or kinds of number differ, entries are missing or left
-            over.
+        CheckpointError: see :func:`load_checkpoint`; or shapes or number types differ, or entries are
+            missing or left over.
     """
     state_dict = load_checkpoint(name, trust=trust)['state_dict']
     expected = model.state_dict()

@@ -1,4 +1,4 @@
-"""What a command line may name that is no local file: a config of an installed package, a checkpoint to be fetched."""
+"""What a command line may name besides local files: configs of an installed package, checkpoints to be fetched."""
 
 import hashlib
 import http.client
@@ -135,14 +135,14 @@ def _fetched() -> Path:
 
 
 def _place(url: str) -> Path:
-    """By the whole URL: epoch_12.pth of two servers are two files, which torch's cache would take for one."""
+    """By the whole URL: epoch_12.pth of two servers are two files, which torch's cache would confuse."""
     file = urllib.parse.unquote(urllib.parse.urlparse(url).path).rsplit('/', 1)[-1] or 'checkpoint.pth'
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     return _fetched() / folder / file
 
 
 def _fetch(url: str, place: Path, say: Callable[[str], None]) -> None:
-    """Download a file unless the server says that the content is what is there already."""
+    """Download a file unless the server says that it has not changed."""
     stamp = place.with_name(f'{place.name}.json')
     known = json.loads(stamp.read_text()) if place.is_file() and stamp.is_file() else {}
     temporary = place.with_name(f'{place.name}.{uuid.uuid4().hex}.partial')

@@ -62,7 +62,7 @@ def parse_yaml(file: IO[Any], loader: type = yaml.SafeLoader) -> Any:
 def _count(value: Any, known: dict[int, int]) -> int:
     """How many values a value holds when its aliases are written out; a few lines can name billions.
 
-    ``known``: the counts of values by id; of one that is being counted: more than any.
+    ``known``: the count of each value, by its id; while a value is being counted, more than is allowed.
     """
     if not isinstance(value, (dict, list, tuple, set)):
         return 1

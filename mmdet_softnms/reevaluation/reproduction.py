@@ -166,7 +166,7 @@ def load_models(path: Path, project: Path) -> dict[str, Model]:
                 f'model {name!s:.80} of {path} cannot be used: {type(error).__name__} {error} in its Reproduction'
             ) from error
         if model.name in models:
-            raise ReevaluationError(f'model {model.name} stands twice in {path}; rename one')
+            raise ReevaluationError(f'model {model.name} appears twice in {path}; rename one of the two')
         models[model.name] = model
     return models
 
@@ -195,7 +195,7 @@ def _get(raw: Any, key: str, kinds: type | tuple[type, ...], default: Any = _REQ
     """An entry of a metafile.
 
     Raises:
-        KeyError, TypeError: it is not there, or not of these types; no number is one that is not finite.
+        KeyError, TypeError: it is not there, not of these types, or a number that is not finite.
     """
     if not isinstance(raw, dict):
         raise TypeError(f'{raw!r:.60} holds no {key}')

@@ -14,26 +14,26 @@ from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA
 from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, Setting, default_settings, sweep_settings
 
 
-def _nobody(*heard: Any) -> None:
-    """Hears nothing."""
+def _ignore(*_: Any) -> None:
+    """The callback where none is given."""
 
 
 @dataclass
 class Listener:
-    """Who hears what a re-evaluation does.
+    """Callbacks that follow a re-evaluation.
 
     Attributes:
-        progress: called with what is going on, how much of it is done, and how much there is.
+        progress: called with the name of a step, how much of it is done, and how much there is.
         on_row: called with a finished row, rows done, and rows in all.
         say: called with one line about every store that is used, taken up, or mended.
     """
 
-    progress: Callable[[str, int, int], None] = _nobody
-    on_row: Callable[[Any, int, int], None] = _nobody
-    say: Callable[[str], None] = _nobody
+    progress: Callable[[str, int, int], None] = _ignore
+    on_row: Callable[[Any, int, int], None] = _ignore
+    say: Callable[[str], None] = _ignore
 
     def bar(self, what: str) -> Callable[[int, int], None]:
-        """``progress`` of one thing: called with (done, total)."""
+        """``progress`` of one step: called with (done, total)."""
         return lambda done, total: self.progress(what, done, total)
 
 
@@ -51,7 +51,8 @@ class Request:
         class_agnostic: boxes of different classes suppress each other, in every row but the config's own.
         sweep: instead of the default rows, see :func:`mmdet_softnms.reevaluation.scoring.settings.sweep_settings`.
         store: a store made elsewhere, used as it is; None: the one in the work directory.
-        processes: of this machine for the sweep; None: as many as are worth it.
+        processes: of this machine for the sweep; None: those of ``joblib.parallel_config`` inside one, else as many as
+            are worth starting.
         trust_checkpoint: see :func:`mmdet_softnms.checkpoint.load_checkpoint`.
         select: choose a setting by this metric, one of :data:`CRITERIA`; None: choose nothing.
         folds: of the choice, where there is no tuning split.
@@ -84,7 +85,7 @@ class Request:
     settings: tuple[Setting, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        plug(self.cfg, 0.0)  # before anything slow: is it a detector that can be plugged?
+        plug(self.cfg, 0.0)  # before anything slow: is this a detector that can be plugged?
         if self.select is not None:
             check_choice(self.select, self.resamples)
         if self.tune_on not in ('auto', 'val', 'folds'):

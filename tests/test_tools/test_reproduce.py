@@ -359,7 +359,7 @@ def test_checksums(tmp_path):
         (['name', '--metafile', 'missing.yml'], 'metafile missing.yml cannot be read'),
         (['name', '--metafile', 'broken.yml'], 'metafile broken.yml cannot be read'),
         (['name', '--metafile', 'incomplete.yml'], "model it of incomplete.yml cannot be used: KeyError 'Source'"),
-        (['name', '--metafile', 'twice.yml'], 'model it stands twice'),
+        (['name', '--metafile', 'twice.yml'], 'model it appears twice'),
         ([], 'give the NAME of a model, or --list'),
         (['name', '--no-such-option'], 'unrecognized arguments'),
     ],

@@ -74,10 +74,10 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
     * ``checkpoint``, ``images``: content; None for images where one cannot be read here.
     * ``dataset``, ``infos``: classes, image ids and names; every other entry of the data infos (proposals, say).
     * ``files``: content of every file that model or pipeline name.
-    * ``inputs``: of the network, where transforms are not mmdet's and may read what nobody names; else None.
+    * ``inputs``: of the network, where transforms are not mmdet's and may read files that no config names; else None.
     * ``code``, ``live``: source files of the classes and functions that take part, and what of them is in memory.
     * ``versions`` of what is compiled.
-    * ``unknown``: what cannot be read or hashed; such candidates are never taken for others.
+    * ``unknown``: what cannot be read or hashed; candidates that depend on such things are never reused.
 
     ``execution`` says what moves last bits: the same network differs by 8e-8 between 1 and 2 threads.
 
@@ -151,9 +151,9 @@ def drop_weight_initialisation(model: ConfigDict) -> None:
 
 
 def differences(have: dict[str, Any], wanted: dict[str, Any], *, elsewhere: bool = False) -> str:
-    """What makes stored candidates others than those wanted, in words; empty where nothing does.
+    """How stored candidates differ from those wanted, in words; empty where they do not.
 
-    Images that are not there cannot tell: they are compared where both fingerprints know them.
+    Images are compared only where both fingerprints know them.
 
     Args:
         have, wanted: as of :func:`fingerprint`; ``have`` may be anything that a file held.

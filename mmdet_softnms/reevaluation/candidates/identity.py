@@ -29,7 +29,7 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 
 def digest(*values: Any) -> str:
-    """The SHA-256 of values of any type; two values that cannot be compared never have the same."""
+    """The SHA-256 of values of any type; values that cannot be compared never have the same one."""
     hasher = hashlib.sha256()
     for value in values:
         for part in _parts(value):
@@ -100,7 +100,7 @@ def code_of(*roots: Any, modules: Iterable[str] = ()) -> Code:
 
     Args:
         roots: objects, classes and functions; tensors and plain values in them are passed over.
-        modules: names of modules besides (``custom_imports``).
+        modules: names of further modules (``custom_imports``).
     """
     walk = _Walk()
     for root in roots:
@@ -159,14 +159,14 @@ class _Walk:
         for thing in list(things):
             self.visit(thing)
 
-    def _class(self, kind: type) -> bool:
-        """Note a class and its bases; whether it is one whose objects are looked into."""
+    def _class(self, cls: type) -> bool:
+        """Note a class and its bases; whether its objects are looked into."""
         looked_into = False
-        for base in kind.__mro__:
+        for base in cls.__mro__:
             if not self._defined(base.__module__, base.__qualname__):
                 continue
             looked_into = True
-            if id(base) in self._seen and base is not kind:
+            if id(base) in self._seen and base is not cls:
                 continue
             self._seen.add(id(base))
             self._alive.append(base)

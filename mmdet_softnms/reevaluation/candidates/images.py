@@ -32,13 +32,13 @@ def transforms_of(dataset: Any) -> list[Any]:
     """Every transform of a data set's pipeline, those inside other transforms too."""
     found: list[Any] = []
 
-    def visit(one: Any) -> None:
-        if isinstance(one, (list, tuple)):
-            for each in one:
+    def visit(thing: Any) -> None:
+        if isinstance(thing, (list, tuple)):
+            for each in thing:
                 visit(each)
-        elif isinstance(one, (BaseTransform, Compose)) or (callable(one) and hasattr(one, '__dict__')):
-            found.append(one)
-            visit([value for value in vars(one).values() if isinstance(value, (list, tuple, BaseTransform, Compose))])
+        elif isinstance(thing, (BaseTransform, Compose)) or (callable(thing) and hasattr(thing, '__dict__')):
+            found.append(thing)
+            visit([value for value in vars(thing).values() if isinstance(value, (list, tuple, BaseTransform, Compose))])
 
     for part in parts_of(dataset):
         visit(getattr(part, 'pipeline', None) or [])
@@ -70,7 +70,7 @@ class ImageReader:
 
     def missing(self, number: int) -> list[str]:
         """Files of one image that are looked for on this machine's disk and are not there."""
-        if self.loader(number) is None:  # read in a way of the pipeline's own; the forward pass will tell
+        if self.loader(number) is None:  # the pipeline reads it in another way; the forward pass will tell
             return []
         return [path for path in self.paths(number) if self._is_local(number, path) and not os.path.isfile(path)]
 
@@ -87,7 +87,7 @@ class ImageReader:
                 return None
 
         with _backends_closed_again():
-            first = content(0)  # alone: a data base is opened by one thread only
+            first = content(0)  # alone: only one thread may open a database
             if first is None and not all(self._is_local(0, path) for path in self.paths(0)):
                 return [None] * len(self._dataset)  # a server that does not answer is not asked for every image
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -107,7 +107,7 @@ class ImageReader:
         return None
 
     def loader(self, number: int) -> LoadImageFromFile | None:
-        """The transform that reads an image; None where the pipeline has none of mmcv's kind."""
+        """The transform that reads an image; None where the pipeline does not use mmcv's."""
         part: Any = self._dataset
         while not hasattr(part, 'pipeline'):
             if hasattr(part, 'datasets'):

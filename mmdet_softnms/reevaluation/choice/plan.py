@@ -1,4 +1,4 @@
-"""The images to choose a setting on, found before anything slow."""
+"""The images on which a setting is chosen, found before anything slow runs."""
 
 import copy
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def _tuning_split(request: Request, dataset: BaseDataset, listener: Listener) ->
 
 
 def image_identities(dataset: BaseDataset) -> list[str]:
-    """What tells an image from others: its content, or its place where it cannot be read here."""
+    """What identifies each image: its content, or its path where it cannot be read here."""
     reader = ImageReader(dataset)
     places = (' '.join(reader.paths(number)) for number in range(len(dataset)))
     return [content or place for content, place in zip(reader.contents(), places, strict=True)]

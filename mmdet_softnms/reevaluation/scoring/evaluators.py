@@ -1,4 +1,4 @@
-"""The evaluators that a config names, built by mmengine: what they read, and their numbers where ours are others.
+"""The evaluators that a config names, built by mmengine: what they read, and their numbers where they differ from ours.
 
 The table shows COCO's metrics for boxes, and VOC's, unrounded. Where the config's evaluator computes something else
 (LVIS's federated AP, CrowdHuman's miss rate, several sets apart, a user's metric), a note says so, and its numbers are
@@ -30,7 +30,7 @@ from mmdet_softnms.files import ReevaluationError
 IOU_THRS = np.linspace(0.5, 0.95, 10)
 #: Detections of an image and class that COCO's AP looks at.
 MAX_DETS = 100
-#: Up to so many image evaluations of a sweep, extra columns are filled in too: they take seconds, not hours.
+#: Image evaluations up to which a sweep fills in the extra columns too: they take seconds then, not hours.
 _CHEAP_SWEEP = 20_000
 #: Columns that a note names.
 _NAMED = 6
@@ -38,7 +38,7 @@ _NAMED = 6
 
 @dataclass
 class Other:
-    """An evaluator whose numbers are not those of our columns."""
+    """An evaluator whose numbers differ from those in our columns."""
 
     name: str  # 'LVISMetric', with the arguments that make the difference
     evaluator: MMEngineEvaluator | None  # None: there is nothing to compute
@@ -48,7 +48,7 @@ class Other:
 
 @dataclass
 class Evaluators:
-    """What ``test_evaluator`` comes to.
+    """What mmengine makes of ``test_evaluator``.
 
     Attributes:
         metrics: every metric that could be built.
@@ -173,7 +173,7 @@ def class_names(dataset: BaseDataset | ConcatDataset) -> tuple[str, ...]:
 def _dataset_meta(dataset: BaseDataset | ConcatDataset, wrapper: MMEngineEvaluator) -> Any:
     info = dataset.metainfo
     if isinstance(info, (list, tuple)) and type(wrapper).evaluate is MMEngineEvaluator.evaluate:
-        return info[0]  # the parts differ in something, as VOC2007 and VOC2012: of each, a metric would want one
+        return info[0]  # the parts differ in something, as VOC2007 and VOC2012 do, and a metric takes one
     return info
 
 
@@ -186,7 +186,7 @@ def leaves_of(dataset: Any) -> list[Any]:
 def others(
     evaluators: Evaluators, source: Sequence[BaseMetric], ignored: tuple[int, int], max_per_img: int
 ) -> list[Other]:
-    """The configured evaluators whose numbers our columns are not.
+    """The configured evaluators whose numbers differ from those in our columns.
 
     Args:
         evaluators: all of them.
@@ -230,7 +230,7 @@ def _dumps(metric: BaseMetric) -> bool:
 
 
 def _prepare(metric: Any) -> None:
-    """Masks are not there to be scored, and the user's files not to be overwritten by every row."""
+    """There are no masks to score, and no row may overwrite the user's files."""
     if isinstance(getattr(metric, 'metrics', None), list):
         metric.metrics = [one for one in metric.metrics if one != 'segm']
     for name in ('outfile_prefix', 'out_file_path'):
@@ -241,7 +241,7 @@ def _prepare(metric: Any) -> None:
 def _differences(
     metric: Any, source: Sequence[BaseMetric], ignored: tuple[int, int], max_per_img: int
 ) -> tuple[list[str] | None, bool]:
-    """Arguments that make a metric another one than our columns (None: it is the same), and whether it has numbers."""
+    """The arguments by which a metric differs from our columns (None: it does not), and whether it gives numbers."""
     from mmdet.evaluation import VOCMetric
     from mmdet.evaluation import metrics as known
 
@@ -285,7 +285,7 @@ def _differences(
 
 
 def _works_as(metric: BaseMetric, kinds: Sequence[type]) -> bool:
-    """Whether a metric is of one of these classes, or a subclass that changes nothing of the computation."""
+    """Whether a metric is of one of these classes, or of a subclass that computes the same."""
     names = ('process', 'compute_metrics', 'evaluate', 'results2json', 'gt_to_coco_json', 'xyxy2xywh')
     return any(
         isinstance(metric, kind)
@@ -406,7 +406,7 @@ def too_many(num_settings: int, num_images: int, swept: bool) -> str:
 
 
 def notes(found: Sequence[Other], voc: bool) -> list[str]:
-    """One line about every configured evaluator whose numbers our columns are not."""
+    """One line about every configured evaluator whose numbers differ from those in our columns."""
     shown = "AP, AP50 ... AR100 are COCO's for boxes"
     if voc:
         shown += ", VOC07_AP50 and VOC12_AP50 are VOC's"

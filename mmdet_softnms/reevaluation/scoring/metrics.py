@@ -1,8 +1,8 @@
-"""Detections of a whole test set to numbers: COCO's by faster-coco-eval, VOC's by mmdet, both unrounded.
+"""The metrics of a test set's detections: COCO's by faster-coco-eval, VOC's by mmdet, both unrounded.
 
 mmdet's ``CocoMetric`` and ``VOCMetric`` round to three decimals and name values by position (with ``proposal_nums=(1,
 10, 100)`` its ``AR@100`` is AR@1), and pycocotools takes half a minute where faster-coco-eval takes six seconds; a
-test holds the two to 1e-9 of one another.
+test checks that the two agree to 1e-9.
 """
 
 import warnings
@@ -30,7 +30,7 @@ from mmdet_softnms.reevaluation.scoring.evaluators import (
 COCO_STATS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 #: The metric at each of the ten IoU thresholds of COCO's AP.
 AP_NAMES = tuple(f'AP{round(100 * threshold)}' for threshold in IOU_THRS)
-#: What settings can be chosen by, and the IoU thresholds (positions in IOU_THRS) it is the mean over.
+#: The metrics that a setting can be chosen by, and the IoU thresholds (positions in IOU_THRS) that each averages over.
 CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
 #: Recall levels of the precision-recall curves.
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -49,7 +49,7 @@ class GroundTruth:
         voc: per image ``bboxes``, ``labels``, ``bboxes_ignore``, ``labels_ignore``; None where the data set is not
             VOC's.
         notes: what a reader of the numbers has to know.
-        no_class_ignores: ignored objects that are of no class, before they were made ones of every class.
+        no_class_ignores: the number of ignored objects without a class, before each was counted for every class.
     """
 
     classes: tuple[str, ...]
@@ -75,8 +75,8 @@ def read_ground_truth(
 ) -> GroundTruth:
     """Annotated objects of the test set: those of the CocoMetric that mmdet builds, else those of the data set.
 
-    Crowd, difficult and ignored objects are all COCO's ``iscrowd`` in the second case; an ignored object of no class is
-    one of every class.
+    Crowd, difficult and ignored objects are all COCO's ``iscrowd`` in the second case; an ignored object without a
+    class counts for every class.
 
     Args:
         cfg: the user's config.
@@ -84,7 +84,7 @@ def read_ground_truth(
         evaluators: of the config, if they are built already.
 
     Raises:
-        ReevaluationError: not one object is annotated; the evaluator cannot be built; its annotation file lacks an
+        ReevaluationError: no object is annotated; the evaluator cannot be built; its annotation file lacks an
             image, or names none of the model's classes; the parts of the test set have different classes.
     """
     from mmdet.datasets import XMLDataset
@@ -129,12 +129,12 @@ def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]]) -> Gr
                 dict(
                     id=len(annotations) + number,
                     image_id=image_id,
-                    category_id=one + 1,
+                    category_id=counted_as + 1,
                     bbox=[x1, y1, x2 - x1, y2 - y1],
                     area=(x2 - x1) * (y2 - y1),
                     iscrowd=int(bool(ignored)),
                 )
-                for number, one in enumerate(labels, 1)
+                for number, counted_as in enumerate(labels, 1)
             ]
     coco = dict(
         images=[dict(id=image_id) for image_id in image_ids],
@@ -143,7 +143,7 @@ def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]]) -> Gr
     )
     truth = GroundTruth(classes, coco, image_ids, list(range(1, len(classes) + 1)), no_class_ignores=no_class_ignores)
     if unknown:
-        truth.notes.append(f'{unknown} annotated objects have the label of no class and are left out, as mmdet does.')
+        truth.notes.append(f'{unknown} annotated objects have a label without a class and are left out, as in mmdet.')
     return truth
 
 

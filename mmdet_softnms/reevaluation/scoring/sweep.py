@@ -71,14 +71,14 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """As files hold it."""
-        measured = {one.name: getattr(self, one.name) for one in fields(self) if one.name != 'setting'}
+        measured = {field.name: getattr(self, field.name) for field in fields(self) if field.name != 'setting'}
         return dict(rule=self.rule, params=self.params, source=self.source, **measured)
 
 
 def detections(images: Iterable[ImageCandidates], setting: Setting) -> list[InstanceData]:
     """Detections of every image under a setting, by the same function a live model uses."""
-    found = (suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images)
-    return [InstanceData(**one._asdict()) for one in found]
+    results = (suppress(image.candidates, setting.rule, setting.score_thr, setting.max_per_img) for image in images)
+    return [InstanceData(**result._asdict()) for result in results]
 
 
 def evaluate(candidates: Sequence[ImageCandidates], setting: Setting, evaluator: Evaluator) -> Row:
@@ -121,25 +121,25 @@ def evaluate_all(
     done: list[Any] = [_read_partial(work_dir, identity, settings, say) if work_dir and rank == 0 else {}]
     broadcast_object_list(done)
     rows: dict[int, Row] = done[0]
-    own = [number for number in range(len(settings)) if number not in rows][rank::world_size]
+    mine = [number for number in range(len(settings)) if number not in rows][rank::world_size]
     partial = work_dir / f'sweep-partial-{rank}.jsonl' if work_dir else None
-    if partial and own:
+    if partial and mine:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        partial = None if partial.is_dir() else partial  # that was said above
+        partial = None if partial.is_dir() else partial  # as reported above
     for number, row in rows.items():
         on_row(row, number + 1, len(settings))
     finished = len(rows)
-    mine = {}
+    found: dict[int, Row] = {}
     sharers = all_gather_object(platform.node()).count(platform.node())  # ranks on this machine
-    with closing(_run(_evaluate, candidates, settings, own, truth, processes, sharers)) as results:
+    with closing(_run(_evaluate, candidates, settings, mine, truth, processes, sharers)) as results:
         for number, row in results:
-            mine[number] = row
+            found[number] = row
             if partial:
                 _append(partial, dict(identity=identity, setting=_key(settings[number]), row=row.to_dict()))
             finished += 1
-            on_row(row, finished, len(rows) + len(own))
+            on_row(row, finished, len(rows) + len(mine))
     barrier()
-    for part in all_gather_object(mine):
+    for part in all_gather_object(found):
         rows |= part
     for number, row in rows.items():
         row.setting = settings[number]  # not the copy that came back from another process
@@ -154,12 +154,12 @@ def forget_partial(work_dir: Path) -> None:
 
 
 def _key(setting: Setting) -> str:
-    """What tells a setting from others: the whole rule, also what it does not list among its parameters."""
+    """What identifies a setting: the whole rule, including what it does not list among its parameters."""
     return digest(setting.source, setting.params, type(setting.rule), vars(setting.rule))
 
 
 def _append(path: Path, content: dict[str, Any]) -> None:
-    line = f'\n{json.dumps(content)}\n'.encode()  # begun anew, should the last line be one that a kill cut
+    line = f'\n{json.dumps(content)}\n'.encode()  # on a new line, in case a kill cut the last one short
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         os.write(file, line)
