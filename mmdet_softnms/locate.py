@@ -91,6 +91,14 @@ def read_config(name: str | Path, options: dict[str, Any] | None = None) -> Conf
     return cfg
 
 
+def lists_for_tuples(config: str | Path | None, error: Exception) -> str:
+    """What to say where mmcv refuses the lists of a JSON config; empty for any other error."""
+    last = str(error).strip().rpartition('\n')[2]  # a worker of the data loader puts its traceback before it
+    if not isinstance(error, TypeError) or 'tuple' not in last or Path(config or '').suffix != '.json':
+        return ''
+    return f'config {config} has lists where mmcv needs tuples, which JSON has not ({last}); give a .py or .yml config'
+
+
 def local_checkpoint(name: str | Path, *, trust: bool = False, say: Callable[[str], None] | None = None) -> Path:
     """The file of a checkpoint: a path, a URL, or whatever else mmengine's loader fetches (``s3://``,
     ``torchvision://``, ``open-mmlab://``, ...).

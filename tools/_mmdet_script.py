@@ -31,7 +31,7 @@ def run(name: str) -> None:
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
     from mmdet_softnms.files import CheckpointError, ReevaluationError
-    from mmdet_softnms.locate import local_config, read_config
+    from mmdet_softnms.locate import lists_for_tuples, local_config, read_config
     from mmdet_softnms.models.places import check_places
 
     package = Path(mmdet.__file__).parent
@@ -58,3 +58,7 @@ def run(name: str) -> None:
         runpy.run_path(str(script), run_name='__main__')
     except (CheckpointError, ReevaluationError) as error:
         sys.exit(f'error: {error}')
+    except TypeError as error:
+        if reason := lists_for_tuples(args.config, error):
+            sys.exit(f'error: {reason}')
+        raise

@@ -241,22 +241,29 @@ def test_learns_a_handful_of_images_by_heart(pooling):
         ):
             image[:, y1:y2, x1:x2] += torch.tensor([label - 2.0, label % 2, 1.0])[:, None, None]
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    model.train()
-    for _ in range(150):
+    for step in range(1, 151):  # at most: as few as it takes
+        model.train()
         optimizer.zero_grad()
         loss, _ = total_loss(model, inputs, samples)
         loss.backward()
         optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        results = model.predict(inputs, copy.deepcopy(samples))
+        if step % 15 == 0 and _knows(model.eval(), inputs, samples):
+            break
+    assert _knows(model.eval(), inputs, samples)
+
+
+@torch.no_grad()
+def _knows(model, inputs, samples):
+    """Whether every object is found."""
     from mmdet.structures.bbox import bbox_overlaps
 
-    for result, sample in zip(results, samples, strict=True):
+    for result, sample in zip(model.predict(inputs, copy.deepcopy(samples)), samples, strict=True):
         found = result.pred_instances[result.pred_instances.scores > 0.3]
         overlaps = bbox_overlaps(sample.gt_instances.bboxes, found.bboxes)
         right = (overlaps > 0.5) & (sample.gt_instances.labels[:, None] == found.labels)
-        assert right.any(dim=1).all()
+        if not right.any(dim=1).all():
+            return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_a_config_dumped_after_its_model_was_built_is_accepted(project, tmp_path
 def test_what_mmdet_cannot_run_is_one_line(project, tmp_path):
     cfg = Config.fromfile(project.coco_config)
     cfg.dump(tmp_path / 'lists.json')
-    with pytest.raises(ReevaluationError, match=r'lists.json holds lists where mmcv needs tuples \(.*; give a .py'):
+    with pytest.raises(ReevaluationError, match=r'lists.json has lists where mmcv needs tuples.*; give a .py'):
         collect(Config.fromfile(tmp_path / 'lists.json'), project.checkpoint, 0.5, tmp_path / 'a')
     cfg.test_cfg.fp16 = True
     with pytest.raises(ReevaluationError, match=r'half precision here \(.*; use test_cfg.fp16=False, or a GPU'):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 
 from mmdet_softnms.files import CheckpointError
@@ -66,9 +67,13 @@ def test_errors_are_one_line(run, tmp_path):
     (tmp_path / 'page').write_text('<html>')
     (tmp_path / 'code.yml').write_text('a: !!python/object/apply:os.mkdir [RAN]')
     (tmp_path / 'broken.py').write_text('a = dict(')
+    Config.fromfile(DEMO).dump(tmp_path / 'lists.json')
 
     def main():
         raise CheckpointError('what the Runner reads is damaged')
+
+    def resize():
+        raise TypeError("Scale must be a number or tuple of int, but got <class 'list'>")
 
     checkpoint = DEMO.with_suffix('.pth')
     for arguments, options, words in (
@@ -81,6 +86,7 @@ def test_errors_are_one_line(run, tmp_path):
         (('train.py', DEMO, '--resume', 'page'), {}, 'checkpoint page is damaged'),
         (('test.py', DEMO, 'http://127.0.0.1:1/a.pth'), {}, 'checkpoint http://127.0.0.1:1/a.pth cannot be fetched'),
         (('train.py', DEMO), dict(main=main), 'what the Runner reads is damaged'),
+        (('test.py', 'lists.json', checkpoint), dict(main=resize), 'lists.json has lists where mmcv needs tuples'),
     ):
         said = run(*arguments, **options)
         assert said.startswith('error: ') and words in said and '\n' not in said

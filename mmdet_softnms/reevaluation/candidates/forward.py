@@ -29,6 +29,7 @@ from torch.utils.data import Sampler
 
 from mmdet_softnms.checkpoint import LoadedWeights, allow_unsafe_loading, check_weights
 from mmdet_softnms.files import ReevaluationError, clear_temporaries, first_line
+from mmdet_softnms.locate import lists_for_tuples
 from mmdet_softnms.reevaluation.candidates.fingerprint import (
     differences,
     drop_weight_initialisation,
@@ -326,15 +327,13 @@ def _forward(
 
 def _known(error: Exception, cfg: Config, runner: Runner) -> str:
     """What to say of an error in mmdet's or mmcv's code that the config brought about; empty for any other."""
-    last = str(error).strip().rpartition('\n')[2]  # a worker of the data loader puts its traceback before it
-    path = Path(cfg.filename or '')
-    if isinstance(error, TypeError) and 'tuple' in last and path.suffix in ('.json', '.yml', '.yaml'):
-        return f'config {path} holds lists where mmcv needs tuples ({last}), which {path.suffix} has not; give a .py'
+    if reason := lists_for_tuples(cfg.filename, error):
+        return reason
     types = {getattr(parameter, 'dtype', None) for parameter in runner.model.parameters()}
     if isinstance(error, RuntimeError) and (
         getattr(runner.test_loop, 'fp16', False) or types & {torch.float16, torch.bfloat16}
     ):
-        return f'the network cannot run in half precision here ({last}); use test_cfg.fp16=False, or a GPU'
+        return f'the network cannot run in half precision here ({first_line(error)}); use test_cfg.fp16=False, or a GPU'
     return ''
 
 
