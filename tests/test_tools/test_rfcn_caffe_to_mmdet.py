@@ -24,6 +24,7 @@ SCRIPT = ROOT / 'tools/model_converters/rfcn_caffe_to_mmdet.py'
 spec = importlib.util.spec_from_file_location('rfcn_caffe_to_mmdet', SCRIPT)
 converter = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(converter)
+shared = sys.modules['model_converters.rfcn_weights']
 
 WIDTH, CLASSES, SCALES, RATIOS = 4, 3, (2, 4, 8), (0.5, 1, 2)
 ANCHORS = len(SCALES) * len(RATIOS)
@@ -75,7 +76,7 @@ class Net:
         channels = WIDTH
         for stage in range(4):
             planes = WIDTH * 2**stage
-            for index, block in enumerate(converter.block_names(depth, stage)):
+            for index, block in enumerate(shared.block_names(depth, stage)):
                 name = f'{stage + 2}{block}'
                 stride = 2 if index == 0 and stage in (1, 2) else 1  # res5 is dilated instead
                 dilation = 2 if stage == 3 else 1
@@ -209,7 +210,7 @@ def compare(depth, net, state, folder):
     same(seen['rpn_reg'], theirs['rpn_bbox_pred'], 'rpn deltas')
     same(seen['reduce'].relu(), theirs['conv_new_1_relu'], 'reduction')
     same(seen['cls_maps'].roll(49, dims=1), theirs['rfcn_cls'], 'score maps')
-    stds = torch.tensor(converter.BOX_STDS).repeat_interleave(49)[:, None, None]
+    stds = torch.tensor(shared.BOX_STDS).repeat_interleave(49)[:, None, None]
     same(seen['reg_maps'] * stds, theirs['rfcn_bbox'][:, 4 * 49 :], 'box maps')
 
     rois = theirs['proposal'][:, 1:]
@@ -265,10 +266,10 @@ def test_the_comparison_notices(broken, tmp_path, monkeypatch):
     net = Net()
     blobs = {name: [np.asarray(each, dtype=np.float32) for each in arrays] for name, arrays in net.blobs.items()}
     if broken == 'cls background first':
-        monkeypatch.setattr(converter, '_background_last', lambda maps: maps)
+        monkeypatch.setattr(converter, 'background_last', lambda maps: maps)
     elif broken == 'rpn background minus object':
-        original = converter._object_minus_background
-        monkeypatch.setattr(converter, '_object_minus_background', lambda pairs: -original(pairs))
+        original = converter.object_minus_background
+        monkeypatch.setattr(converter, 'object_minus_background', lambda pairs: -original(pairs))
     elif broken == 'background boxes':
         blobs['rfcn_bbox'] = [np.roll(each, 4 * 49, axis=0) for each in blobs['rfcn_bbox']]
     elif broken == 'batch norm sums':
@@ -291,7 +292,7 @@ def _run(*arguments):
         ('empty', 'holds no layer with weights'),
         ('other network', 'convert R-FCN models on these two networks'),
         ('without rfcn_cls', "layer 'rfcn_cls' is missing"),
-        ('with more', 'belong to no R-FCN: fc6'),
+        ('with more', "belong to no R-FCN: 'fc6'"),
         ('class-aware boxes', 'instead of 392'),
         ('short blob', 'numbers for a blob'),
     ],

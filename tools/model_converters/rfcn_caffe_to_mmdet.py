@@ -19,28 +19,30 @@ proposals below the minimum size are dropped at 8 px of the resized image instea
 """
 
 import argparse
-import io
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a clone without installing
-from mmdet_softnms.files import write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools
+from model_converters.rfcn_weights import (
+    STATISTICS,
+    ConversionError,
+    background_last,
+    check_fit,
+    find_depth,
+    finish,
+    foreground_boxes,
+    object_minus_background,
+    resnet_units,
+    write_checkpoint,
+)
 
 Blobs = dict[str, list[np.ndarray]]
-BINS = 49
-BOX_STDS = (0.1, 0.1, 0.2, 0.2)
-BLOCKS = {'50': (3, 4, 6, 3), '101': (3, 4, 23, 3)}
-
-
-class ConversionError(ValueError):
-    """The file is no R-FCN caffemodel this converter knows; the message says why."""
 
 
 def caffe_message() -> type:
@@ -122,29 +124,6 @@ def read_caffemodel(path: Path) -> Blobs:
     return blobs
 
 
-def find_depth(blobs: Mapping[str, Any]) -> str:
-    """'50' or '101'.
-
-    Raises:
-        ConversionError: neither.
-    """
-    if 'res4b22_branch2a' in blobs:
-        return '101'
-    if 'res4f_branch2a' in blobs:
-        return '50'
-    raise ConversionError(
-        'neither res4b22_branch2a (ResNet-101) nor res4f_branch2a (ResNet-50) is there, only '
-        f'{", ".join(list(blobs)[:5])!r:.200}, ...: convert R-FCN models on these two networks'
-    )
-
-
-def block_names(depth: str, stage: int) -> list[str]:
-    """Caffe's names of the blocks of a stage: a, b, c, ..., or a, b1, b2, ... in ResNet-101's long stages."""
-    count = BLOCKS[depth][stage]
-    numbered = depth == '101' and stage in (1, 2)
-    return ['a', *(f'b{i}' if numbered else chr(ord('a') + i) for i in range(1, count))]
-
-
 def convert(blobs: Blobs, *, raw_box_maps: bool = False) -> dict[str, Tensor]:
     """A state dict for the detectors of ``configs/rfcn``.
 
@@ -167,88 +146,32 @@ def convert(blobs: Blobs, *, raw_box_maps: bool = False) -> dict[str, Tensor]:
             raise ConversionError(f'layer {name!r} has {len(arrays)} blobs instead of {" or ".join(map(str, counts))}')
         return [torch.from_numpy(array) for array in arrays]
 
-    def fit(name: str, weight: Tensor, others: list[Tensor]) -> None:
-        if weight.dim() != 4 or any(other.numel() != len(weight) for other in others):
-            shapes = ', '.join(str(tuple(one.shape)) for one in (weight, *others))
-            raise ConversionError(f'layer {name!r} and its normalisation or bias do not fit together: {shapes}')
+    def conv(name: str, to: str, change: Callable[[Tensor], Tensor] = lambda each: each) -> None:
+        weight, bias = take(name, 2)
+        check_fit(name, weight, [bias])
+        state[f'{to}.weight'] = change(weight)
+        state[f'{to}.bias'] = change(bias.flatten())
 
-    def conv_bn(conv: str, suffix: str, to_conv: str, to_bn: str) -> None:
-        weight, *bias = take(conv, 1, 2)
-        total_mean, total_var, factor = take(f'bn{suffix}', 3)
-        gamma, beta = take(f'scale{suffix}', 2)
-        fit(conv, weight, [total_mean, total_var, gamma, beta, *bias])
+    for unit in resnet_units(depth):
+        weight, *bias = take(unit.conv, 1, 2)
+        total_mean, total_var, factor = take(unit.bn, 3)
+        gamma, beta = take(f'scale{unit.bn.removeprefix("bn")}', 2)
+        check_fit(unit.conv, weight, [total_mean, total_var, gamma, beta, *bias])
         scale = 0.0 if float(factor.flatten()[0]) == 0 else 1 / float(factor.flatten()[0])
         mean = total_mean.flatten() * scale
         if bias:
             mean = mean - bias[0].flatten()
-        state[f'backbone.{to_conv}.weight'] = weight
-        for key, value in (
-            ('weight', gamma),
-            ('bias', beta),
-            ('running_mean', mean),
-            ('running_var', total_var.flatten() * scale),
-        ):
-            state[f'backbone.{to_bn}.{key}'] = value.flatten()
-        state[f'backbone.{to_bn}.num_batches_tracked'] = torch.zeros((), dtype=torch.long)
-
-    def conv(name: str, to: str, change: Callable[[Tensor], Tensor] = lambda each: each) -> None:
-        weight, bias = take(name, 2)
-        fit(name, weight, [bias])
-        state[f'{to}.weight'] = change(weight)
-        state[f'{to}.bias'] = change(bias.flatten())
-
-    conv_bn('conv1', '_conv1', 'conv1', 'bn1')
-    for stage in range(4):
-        for index, block in enumerate(block_names(depth, stage)):
-            suffix, to = f'{stage + 2}{block}', f'layer{stage + 1}.{index}'
-            if index == 0:
-                conv_bn(f'res{suffix}_branch1', f'{suffix}_branch1', f'{to}.downsample.0', f'{to}.downsample.1')
-            for number, letter in enumerate('abc', start=1):
-                conv_bn(
-                    f'res{suffix}_branch2{letter}',
-                    f'{suffix}_branch2{letter}',
-                    f'{to}.conv{number}',
-                    f'{to}.bn{number}',
-                )
+        state[f'{unit.to_conv}.weight'] = weight
+        for key, value in zip(STATISTICS, (gamma, beta, mean, total_var * scale), strict=True):
+            state[f'{unit.to_bn}.{key}'] = value.flatten()
+        state[f'{unit.to_bn}.num_batches_tracked'] = torch.zeros((), dtype=torch.long)
     conv('rpn_conv/3x3', 'rpn_head.rpn_conv')
-    conv('rpn_cls_score', 'rpn_head.rpn_cls', _object_minus_background)
+    conv('rpn_cls_score', 'rpn_head.rpn_cls', object_minus_background)
     conv('rpn_bbox_pred', 'rpn_head.rpn_reg')
     conv('conv_new_1', 'roi_head.bbox_head.reduce')
-    conv('rfcn_cls', 'roi_head.bbox_head.cls_maps', _background_last)
-    conv('rfcn_bbox', 'roi_head.bbox_head.reg_maps', lambda each: _foreground_boxes(each, raw_box_maps))
-    if left:
-        raise ConversionError(f'these layers belong to no R-FCN: {", ".join(list(left)[:8])}')
-    anchors = state['rpn_head.rpn_cls.bias'].numel()
-    if state['rpn_head.rpn_reg.bias'].numel() != 4 * anchors:
-        raise ConversionError(f'rpn_bbox_pred does not have 4 channels for each of the {anchors} anchors')
-    return {key: value.contiguous() for key, value in state.items()}
-
-
-def _object_minus_background(pairs: Tensor) -> Tensor:
-    """(2 A, ...), backgrounds first -> (A, ...)."""
-    if len(pairs) % 2:
-        raise ConversionError(f'rpn_cls_score has {len(pairs)} channels: pairs of background and object are expected')
-    background, foreground = pairs.chunk(2)
-    return foreground - background
-
-
-def _background_last(maps: Tensor) -> Tensor:
-    """((K + 1) * P * P, ...), background first -> background last."""
-    if len(maps) % BINS:
-        raise ConversionError(f'rfcn_cls has {len(maps)} channels, no multiple of {BINS}: 7 x 7 bins are expected')
-    return torch.cat([maps[BINS:], maps[:BINS]])
-
-
-def _foreground_boxes(maps: Tensor, raw: bool) -> Tensor:
-    """(8 * P * P, ...), the background's box first -> (4 * P * P, ...), normalised deltas."""
-    if len(maps) != 8 * BINS:
-        raise ConversionError(
-            f'rfcn_bbox has {len(maps)} channels instead of {8 * BINS}: class-agnostic boxes of 7 x 7'
-        )
-    foreground = maps[4 * BINS :].unflatten(0, (4, BINS))
-    if not raw:
-        foreground = foreground / torch.tensor(BOX_STDS).view(4, *[1] * (foreground.dim() - 1))
-    return foreground.flatten(0, 1)
+    conv('rfcn_cls', 'roi_head.bbox_head.cls_maps', background_last)
+    conv('rfcn_bbox', 'roi_head.bbox_head.reg_maps', lambda each: foreground_boxes(each, raw_box_maps))
+    return finish(state, left)
 
 
 def main() -> None:
@@ -264,17 +187,9 @@ def main() -> None:
     try:
         blobs = read_caffemodel(arguments.caffemodel)
         state = convert(blobs, raw_box_maps=arguments.raw_box_maps)
-        content = io.BytesIO()
-        torch.save({'meta': {}, 'state_dict': state}, content)
-        write_whole(arguments.checkpoint, content.getbuffer())
+        write_checkpoint(arguments.checkpoint, state, f'R-FCN on ResNet-{find_depth(blobs)}')
     except (ConversionError, OSError) as error:
         sys.exit(f'error: {error}')
-    classes = state['roi_head.bbox_head.cls_maps.bias'].numel() // BINS - 1
-    anchors = state['rpn_head.rpn_cls.bias'].numel()
-    print(
-        f'{arguments.checkpoint}: R-FCN on ResNet-{find_depth(blobs)}, {classes} classes, {anchors} anchors, '
-        f'{len(state)} tensors'
-    )
 
 
 if __name__ == '__main__':
