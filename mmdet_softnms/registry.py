@@ -30,10 +30,13 @@ MODELS = Registry(
     'model',
     parent=root.MODELS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.models.roi_heads', 'mmdet_softnms.models.rfcn', 'mmdet_softnms.models.caffe'],
+    locations=[f'mmdet_softnms.models.{name}' for name in ('roi_heads', 'rfcn', 'caffe', 'mxnet')],
 )
 TASK_UTILS = Registry(
-    'task util', parent=root.TASK_UTILS, scope='mmdet_softnms', locations=['mmdet_softnms.models.caffe']
+    'task util',
+    parent=root.TASK_UTILS,
+    scope='mmdet_softnms',
+    locations=[f'mmdet_softnms.models.{name}' for name in ('caffe', 'mxnet')],
 )
 METRICS = Registry(
     'metric',

@@ -1,1 +1,1 @@
-"""What a config names as a model: RoI heads that take rules, R-FCN, and what published Caffe weights need."""
+"""What a config names as a model: RoI heads that take rules, R-FCN, and what published Caffe and MXNet weights need."""

@@ -16,6 +16,7 @@ from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules.samplers import SamplingResult
 from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet_softnms.models.ps_roi_pool import KINDS, ps_roi_pool
@@ -25,7 +26,38 @@ from mmdet_softnms.registry import MODELS
 
 @MODELS.register_module()
 class RFCNRPNHead(RPNHead):
-    """mmdet's ``RPNHead`` on the first of the feature maps (res4); the others are the RoI head's."""
+    """mmdet's ``RPNHead`` on the first of the feature maps (res4); the others are the RoI head's.
+
+    Args:
+        whole_cells: propose from cells only that lie in the image as a whole, as Deformable-ConvNets' ``Proposal`` does:
+            the last row of a map has none where the image's height is no multiple of the stride, columns alike.
+        **kwargs: the arguments of mmdet's ``RPNHead``.
+    """
+
+    def __init__(self, *args: Any, whole_cells: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.whole_cells = whole_cells
+
+    def _predict_by_feat_single(
+        self,
+        cls_score_list: list[Tensor],
+        bbox_pred_list: list[Tensor],
+        score_factor_list: list[Tensor],
+        mlvl_priors: list[Tensor],
+        img_meta: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> InstanceData:
+        if self.whole_cells:
+            (scores,), (deltas,), (priors,) = cls_score_list, bbox_pred_list, mlvl_priors
+            stride_x, stride_y = self.prior_generator.strides[0]
+            rows, columns = int(img_meta['img_shape'][0] / stride_y), int(img_meta['img_shape'][1] / stride_x)
+            cls_score_list, bbox_pred_list = [scores[:, :rows, :columns]], [deltas[:, :rows, :columns]]
+            priors = priors.view(*scores.shape[1:], -1, 4)  # cell by cell, all anchors of one
+            mlvl_priors = [priors[:rows, :columns].reshape(-1, 4)]
+        return super()._predict_by_feat_single(
+            cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors, img_meta, *args, **kwargs
+        )
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """``x``: feature maps (N, C, H, W). Returns objectness logits and deltas, each a list of one map."""

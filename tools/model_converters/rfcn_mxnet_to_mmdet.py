@@ -51,7 +51,7 @@ DEFORM_GROUPS = 4  # of the configs, and of the published models
 OFFSETS = 2 * 3 * 3 * DEFORM_GROUPS
 
 
-def test_time(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def for_testing(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights of the test network, without ``arg:`` and ``aux:``; names with ``_test`` replace those without.
 
     Raises:
@@ -80,7 +80,7 @@ def convert(params: Mapping[str, np.ndarray], *, box_maps: str | None = None) ->
         ConversionError: layers are missing, left over, or have other shapes than in R-FCN; or nothing says whether the
             box layer is normalised.
     """
-    left = test_time(params)
+    left = for_testing(params)
     depth = find_depth(left, '_weight')
     state: dict[str, Tensor] = {}
 

@@ -1,0 +1,382 @@
+"""The converter of Deformable-ConvNets' ``.params``, against MXNet 1.9.1 running the same random network.
+
+MXNet needs a Python of its own (``mxnet_rfcn.py`` says what runs there): the one that ``MXNET_PYTHON`` names, or
+``.venv-mxnet``. The reader of the format is tested without it, on files written here byte by byte.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from tests.commands import run_tool
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / 'tools/model_converters/rfcn_mxnet_to_mmdet.py'
+spec = importlib.util.spec_from_file_location('rfcn_mxnet_to_mmdet', SCRIPT)
+converter = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(converter)
+shared = sys.modules['model_converters.rfcn_weights']
+V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
+
+WIDTH, CLASSES, REDUCED, SCALES, RATIOS = 4, 3, 32, (2, 4, 8), (0.5, 1, 2)
+# No multiples of the stride; rounded up in conv1 and in the pooling behind it.
+HEIGHT_WIDTH, SCALE = (100, 136), 1.6
+MEANS = [103.06, 115.9, 123.15]
+DEPTHS = {'R-FCN': '50', 'Deformable R-FCN': '101'}
+
+
+@pytest.fixture(scope='module')
+def mxnet():
+    """The Python that has MXNet."""
+    named = os.environ.get('MXNET_PYTHON')
+    python = Path(named or ROOT / '.venv-mxnet/bin/python')
+    if not python.is_file():
+        assert named is None, f'MXNET_PYTHON={named} is no file'
+        pytest.skip('no MXNet: there is neither MXNET_PYTHON nor .venv-mxnet/bin/python')
+    return python
+
+
+@pytest.fixture(scope='module')
+def nets(mxnet, tmp_path_factory):
+    """``nets(kind)``: the folder with the weights and outputs of a network that MXNet has run."""
+
+    @functools.cache
+    def run(kind):
+        folder = tmp_path_factory.mktemp(kind.split()[0])
+        options = dict(
+            depth=DEPTHS[kind], deformable=kind != 'R-FCN', width=WIDTH, classes=CLASSES, reduced=REDUCED, seed=0,
+            scales=SCALES, ratios=RATIOS, height_width=HEIGHT_WIDTH, scale=SCALE, means_bgr=MEANS,
+        )  # fmt: skip
+        command = [mxnet, Path(__file__).with_name('mxnet_rfcn.py'), folder, json.dumps(options)]
+        environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+        result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return folder
+
+    return run
+
+
+def detector(kind, state, change=lambda model: None):
+    """The model of configs/rfcn at the width of the random net."""
+    register_all_modules()
+    name = 'rfcn_r101-mxnet_voc0712.py'
+    model = Config.fromfile(ROOT / 'configs/rfcn' / (f'deformable-{name}' if kind != 'R-FCN' else name)).model
+    model.backbone.update(depth=int(DEPTHS[kind]), base_channels=WIDTH, init_cfg=None)
+    model.rpn_head.update(in_channels=16 * WIDTH, feat_channels=16)
+    model.rpn_head.anchor_generator.update(scales=list(SCALES), ratios=list(RATIOS))
+    model.roi_head.bbox_head.update(in_channels=32 * WIDTH, reduced_channels=REDUCED, num_classes=CLASSES)
+    change(model)
+    model = MODELS.build(model)
+    model.load_state_dict(state, strict=True)
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def compare(kind, folder, model):
+    """Both nets on one image; asserts that every layer, the proposals and the detections agree."""
+    with np.load(folder / 'outputs.npz') as outputs:
+        theirs = {name: torch.from_numpy(array) for name, array in outputs.items()}
+    seen = {}
+    head, pooled = model.roi_head.bbox_head, []
+    modules = {
+        'pool1': model.backbone.maxpool, 'objectness': model.rpn_head.rpn_cls, 'rpn_bbox_pred': model.rpn_head.rpn_reg,
+        'relu1': head.reduce, 'rfcn_cls': head.cls_maps, 'rfcn_bbox': head.reg_maps,
+    }  # fmt: skip
+    for letter, block in zip('abc', model.backbone.layer4, strict=True):
+        modules[f'res5{letter}_branch2b'] = block.conv2
+        if kind != 'R-FCN':
+            modules[f'res5{letter}_offset'] = block.conv2.conv_offset
+    for name, module in modules.items():
+        # Copies: what stands behind a layer works in place.
+        module.register_forward_hook(lambda _module, _inputs, out, name=name: seen.update({name: out.clone()}))
+    pool = head._pool
+    head._pool = lambda *arguments: pooled.append(pool(*arguments)) or pooled[-1]
+
+    image = theirs['picture'].flip(-1).permute(2, 0, 1)  # BGR, as mmdet loads it
+    sample = DetDataSample(metainfo=dict(img_shape=HEIGHT_WIDTH, ori_shape=(62, 85), scale_factor=(SCALE, SCALE)))
+    data = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]))
+    features = model.extract_feat(data['inputs'])
+    (proposals,) = model.rpn_head.predict(features, data['data_samples'], rescale=False)
+    (found,) = model.roi_head.predict(features, [proposals], data['data_samples'], rescale=True)
+    raw = model.roi_head.predict_bbox(features, [sample.metainfo], [proposals], None)[0]
+
+    def same(name, ours, their):
+        scale = float(their.abs().max())
+        assert scale > 1e-2, f'{name} says nothing'
+        torch.testing.assert_close(ours, their, rtol=0, atol=2e-5 * scale, msg=lambda text: f'{name}: {text}')
+
+    # From the image on, so that the first difference names its layer.
+    same('pool1', seen['pool1'], theirs['pool1'])
+    same('res4', features[0], theirs['res4'])
+    same('objectness', seen['objectness'].sigmoid(), theirs['rpn_cls_prob'][:, len(SCALES) * len(RATIOS) :])
+    same('rpn_bbox_pred', seen['rpn_bbox_pred'], theirs['rpn_bbox_pred'])
+    rois = theirs['rois'][: len(proposals), 1:]  # MXNet repeats them up to 300
+    assert 50 <= len(proposals) < 300
+    same('proposals', proposals.bboxes, rois)
+    for letter in 'abc':
+        for part in (f'res5{letter}_offset', f'res5{letter}_branch2b'):
+            if part in theirs:
+                same(part, seen[part], theirs[part])
+    same('res5', features[1], theirs['res5'])
+    same('relu1', seen['relu1'].relu(), theirs['relu1'])
+    same('rfcn_cls', seen['rfcn_cls'].roll(49, dims=1), theirs['rfcn_cls'])
+    stds = torch.tensor(shared.BOX_STDS).repeat_interleave(49)[:, None, None]
+    same('rfcn_bbox', seen['rfcn_bbox'] * stds, theirs['rfcn_bbox'][:, 4 * 49 :])
+    if kind != 'R-FCN':
+        offsets, _, box_offsets, _ = pooled[:4]
+        same('rfcn_cls_offset', offsets.roll(2, dims=1), theirs['rfcn_cls_offset'][: len(rois)])
+        same('rfcn_bbox_offset', box_offsets, theirs['rfcn_bbox_offset'][: len(rois)])
+    same('class probabilities', raw.scores.roll(1, dims=1), theirs['cls_vote'][: len(rois)])
+    same('deltas', pooled[-1].mean(dim=(2, 3)) * torch.tensor(shared.BOX_STDS), theirs['bbox_vote'][: len(rois), 4:])
+
+    detections = theirs['detections'].float()
+    assert len(detections) == len(found) == 100 and len(detections[:, 5].unique()) == CLASSES
+    same('boxes', found.bboxes, detections[:, :4])
+    same('scores', found.scores, detections[:, 4])
+    assert found.labels.equal(detections[:, 5].long()), 'labels'
+
+
+@pytest.mark.parametrize('kind', DEPTHS)
+def test_equals_mxnet_layer_by_layer(kind, nets, tmp_path):
+    folder = nets(kind)
+    result = run_tool('model_converters/rfcn_mxnet_to_mmdet.py', folder / 'net-0000.params', tmp_path / 'converted.pth')
+    assert result.returncode == 0, result.stderr
+    assert f': {kind} on ResNet-{DEPTHS[kind]}, {CLASSES} classes, 9 anchors' in result.stdout
+    state = torch.load(tmp_path / 'converted.pth', weights_only=True)['state_dict']
+    compare(kind, folder, detector(kind, state))
+
+
+def _to_weights(key, change):
+    def plant(state, _params):
+        for name in [name for name in state if key in name]:
+            state[name] = change(state[name]).contiguous()
+
+    return plant
+
+
+def _to_model(change):
+    return lambda _state, _params: change
+
+
+def _without_test(state, params):
+    """The training's box layer, as if it were the test's."""
+    left = {name: array for name, array in params.items() if '_test' not in name}
+    state.update(converter.convert(left, box_maps='final'))
+
+
+MISTAKES = {
+    'image in RGB': ('pool1', _to_weights('backbone.conv1.weight', lambda each: each.flip(1))),
+    'means in RGB': ('pool1', _to_model(lambda model: model.data_preprocessor.update(mean=MEANS[::-1]))),
+    'gamma lost': ('pool1', _to_weights('backbone.bn1.weight', torch.ones_like)),
+    'RPN pairs swapped': ('objectness', _to_weights('rpn_cls', torch.neg)),
+    'boxes a pixel longer': (
+        'proposals',
+        _to_model(lambda model: model.rpn_head.bbox_coder.update(type='mmdet_softnms.CaffeDeltaXYWHBBoxCoder')),
+    ),
+    'cut cells': ('proposals', _to_model(lambda model: model.rpn_head.update(whole_cells=False))),
+    'places swapped x and y': (
+        'res5a_offset',
+        _to_weights('conv_offset', lambda each: each.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)),
+    ),
+    'one deformable group': (
+        'res5a_offset',
+        _to_weights('conv_offset', lambda each: each[:18].repeat_interleave(4, 0)),
+    ),
+    'border of mmcv': ('res5a_branch2b', _to_model(lambda model: model.backbone.dcn.update(type='DCN'))),
+    'background first': ('rfcn_cls', _to_weights('cls_maps', lambda each: each.roll(49, 0))),
+    'bins turned': (
+        'rfcn_cls',
+        _to_weights('cls_maps', lambda each: each.unflatten(0, (-1, 7, 7)).transpose(1, 2).flatten(0, 2)),
+    ),
+    'box layer of training': ('rfcn_bbox', _without_test),
+    'bins swapped x and y': (
+        'rfcn_cls_offset',
+        _to_weights('cls_offset_maps', lambda each: each.unflatten(0, (-1, 2, 49)).flip(1).flatten(0, 2)),
+    ),
+    'background of offsets first': (
+        'rfcn_cls_offset',
+        _to_weights('cls_offset_maps', lambda each: each.roll(2 * 49, 0)),
+    ),
+    'boxes swapped x and y': (
+        'rfcn_bbox_offset',
+        _to_weights('reg_offset_maps', lambda each: each.unflatten(0, (2, 49)).flip(0).flatten(0, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_the_comparison_notices(mistake, nets):
+    """Each mistake that a converter or a config could make is noticed, in the layer where it acts first."""
+    layer, plant = MISTAKES[mistake]
+    folder = nets('Deformable R-FCN')
+    params = converter.read_params(folder / 'net-0000.params')
+    state = converter.convert(params)
+    model = detector('Deformable R-FCN', state, plant(state, params) or (lambda model: None))
+    with pytest.raises(AssertionError, match=f'^{layer}: '):
+        compare('Deformable R-FCN', folder, model)
+
+
+def write_array(array, version=V2, shape=None, element=None, storage=0):
+    shape = array.shape if shape is None else shape
+    element = {'f4': 0, 'f8': 1, 'f2': 2, 'u1': 3, 'i4': 4}[array.dtype.str[1:]] if element is None else element
+    if version is None:
+        head = struct.pack(f'<{len(shape) + 1}I', len(shape), *shape)
+    else:
+        head = struct.pack('<I', version) + (struct.pack('<i', storage) if version != V1 else b'')
+        head += struct.pack(f'<i{len(shape)}q', len(shape), *shape)
+    return head + struct.pack('<3i', 1, 0, element) + array.tobytes()
+
+
+def write_list(arrays, names, head=(0x112, 0), counts=None):
+    """Bytes of a ``.params``: ``arrays`` as bytes, ``names`` as strings."""
+    counts = counts or (len(arrays), len(names))
+    content = struct.pack('<3Q', *head, counts[0]) + b''.join(arrays) + struct.pack('<Q', counts[1])
+    return content + b''.join(struct.pack('<Q', len(name.encode())) + name.encode() for name in names)
+
+
+ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3) / 7
+
+
+@pytest.mark.parametrize('version', [None, V1, V2, V3])
+@pytest.mark.parametrize('dtype', ['<f4', '<f8', '<f2'])
+def test_reads_every_version(version, dtype, tmp_path):
+    other = np.ones((4, 1, 2, 1), dtype=dtype)
+    content = write_list([write_array(ARRAY.astype(dtype), version), write_array(other, version)], ['arg:a', 'aux:ä'])
+    (tmp_path / 'a.params').write_bytes(content)
+    read = converter.read_params(tmp_path / 'a.params')
+    assert list(read) == ['arg:a', 'aux:ä'] and {array.dtype for array in read.values()} == {np.dtype('float32')}
+    np.testing.assert_array_equal(read['arg:a'], ARRAY.astype(dtype).astype(np.float32))
+    np.testing.assert_array_equal(read['aux:ä'], other.astype(np.float32))
+    for length in range(len(content)):
+        (tmp_path / 'a.params').write_bytes(content[:length])
+        with pytest.raises(converter.ParamsError, match='are left: truncated'):
+            converter.read_params(tmp_path / 'a.params')
+
+
+def _with(**options):
+    return write_list([write_array(ARRAY, **options)], ['arg:a'])
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'PK\x03\x04' + b'x' * 99, 'instead of 0x112: no .params of MXNet'),
+        (b'', 'the header needs 16 bytes, and 0 are left'),
+        (write_list([], []), 'has 0 arrays and 0 names'),
+        (write_list([write_array(ARRAY)], []), 'has 1 arrays and 0 names'),
+        (write_list([write_array(ARRAY)] * 2, ['arg:a'] * 2), "has 'arg:a' twice"),
+        (write_list([write_array(ARRAY)], ['arg:a']) + b'!', 'goes on for 1 bytes'),
+        (write_list([write_array(ARRAY)], ['arg:a'], counts=(2**63, 1)), 'the number of arrays is 9223372036854775808'),
+        (write_list([write_array(ARRAY)], ['arg:a'], counts=(1, 2**62)), 'the number of names is 4611686018427387904'),
+        (_with(shape=(2**62, 2**62)), 'array 0 of shape (4611686018427387904, 4611686018427387904) needs'),
+        (_with(shape=(2**32, 2**32)), 'needs 73786976294838206464 bytes'),  # 0 in 64 bits
+        (_with(shape=(-2, -3)), 'shape (-2, -3)'),
+        (_with(shape=(0, 2**60)), 'shape (0, 1152921504606846976)'),
+        (_with(shape=()), '0 dimensions instead of 1 to 8'),
+        (_with(shape=(1,) * 9), '9 dimensions'),
+        (_with(version=0x7FFFFFFF), 'dimensions instead of 1 to 8'),
+        (_with(storage=1), 'storage type 1: only dense'),
+        (_with(element=4), 'element type 4: floats'),
+        (_with(element=-1), 'element type -1: floats'),
+        (write_list([write_array(np.float32([np.nan]))], ['arg:a\nb']), "not finite in 'arg:a\\\\nb'"),
+        (write_list([write_array(np.float64([1e300]))], ['arg:a']), 'not finite'),
+    ],
+)
+def test_refuses_foreign_and_hostile_files(content, message, tmp_path, monkeypatch):
+    (tmp_path / 'a.params').write_bytes(content)
+    monkeypatch.setattr(sys, 'argv', ['convert', str(tmp_path / 'a.params'), str(tmp_path / 'out.pth')])
+    with pytest.raises(SystemExit) as raised:
+        converter.main()
+    assert str(raised.value).startswith('error: ') and message.replace('\\\\', '\\') in str(raised.value)
+    assert '\n' not in str(raised.value) and len(str(raised.value)) < 400
+    assert not (tmp_path / 'out.pth').exists()
+
+
+def tiny(deformable=True):
+    """Weights of the right names, with as few channels as the converter takes."""
+    arrays = {}
+
+    def conv(name, out, channels=2):
+        arrays[f'arg:{name}_weight'] = np.random.default_rng(out).normal(size=(out, channels, 1, 1))
+        arrays[f'arg:{name}_bias'] = np.random.default_rng(out).normal(size=out)
+
+    for unit in shared.resnet_units('50'):
+        conv(unit.conv, 2, 3 if unit.conv == 'conv1' else 2)
+        del arrays[f'arg:{unit.conv}_bias']
+        for kind, name in (('arg', 'gamma'), ('arg', 'beta'), ('aux', 'moving_mean'), ('aux', 'moving_var')):
+            arrays[f'{kind}:{unit.bn}_{name}'] = np.ones(2)
+        if deformable and unit.conv.startswith('res5') and unit.conv.endswith('2b'):
+            conv(f'{unit.conv}_offset', 72)
+    layers = dict(rpn_conv_3x3=2, rpn_cls_score=4, rpn_bbox_pred=8, conv_new_1=2, rfcn_cls=98, rfcn_bbox=392)
+    if deformable:
+        layers.update(rfcn_cls_offset_t=2 * 98, rfcn_bbox_offset_t=98)
+    for name, out in layers.items():
+        conv(name, out)
+    for kind in ('weight', 'bias'):
+        arrays[f'arg:rfcn_bbox_{kind}_test'] = arrays[f'arg:rfcn_bbox_{kind}'] * 3
+    return {name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}
+
+
+def test_box_layer_with_and_without_its_test_form():
+    params = tiny()
+    plain = {name: array for name, array in params.items() if '_test' not in name}
+    key = 'roi_head.bbox_head.reg_maps.bias'
+    stds = torch.tensor(shared.BOX_STDS).repeat_interleave(49)
+    raw = torch.from_numpy(plain['arg:rfcn_bbox_bias'])[4 * 49 :]
+    for box_maps in (None, 'raw', 'final'):  # a file that has both says it itself
+        torch.testing.assert_close(converter.convert(params, box_maps=box_maps)[key], raw * 3 / stds)
+    torch.testing.assert_close(converter.convert(plain, box_maps='raw')[key], raw)
+    torch.testing.assert_close(converter.convert(plain, box_maps='final')[key], raw / stds)
+    with pytest.raises(converter.ConversionError, match='name it, --box-maps final'):
+        converter.convert(plain)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda params: params.pop('arg:rfcn_cls_bias'), "'rfcn_cls_bias' is missing"),
+        (lambda params: params.pop('aux:bn5b_branch2c_moving_var'), "'bn5b_branch2c_moving_var' is missing"),
+        (lambda params: params.pop('arg:res5b_branch2b_offset_bias'), "'res5b_branch2b_offset_bias' is missing"),
+        (lambda params: params.pop('arg:rfcn_cls_offset_t_weight'), "belong to no R-FCN: 'res5a_branch2b_offset"),
+        (lambda params: params.pop('arg:res4f_branch2a_weight'), 'neither res4b22_branch2a'),
+        (lambda params: params.update({'arg:fc6_weight': np.ones(1)}), "belong to no R-FCN: 'fc6_weight'"),
+        (lambda params: params.update({'conv\n': np.ones(1)}), "'conv\\n' begins with neither arg: nor aux:"),
+        (lambda params: params.update({'aux:conv1_weight': np.ones(1)}), "'conv1_weight' is there twice"),
+        (lambda params: _replace(params, 'bn_conv1_gamma', (3,)), "'conv1' and its normalisation"),
+        (lambda params: _replace(params, 'conv1_weight', (2, 4, 1, 1)), 'conv1 takes 4 channels'),
+        (lambda params: _layer(params, 'res5a_branch2b_offset', 18), 'res5a_branch2b_offset has 18 channels instead'),
+        (lambda params: _layer(params, 'rfcn_cls_offset_t', 98), 'rfcn_cls_offset_t has 98 channels instead of 196'),
+        (lambda params: _layer(params, 'rfcn_cls', 97), 'rfcn_cls has 97 channels'),
+        (lambda params: _layer(params, 'rpn_cls_score', 3), 'rpn_cls_score has 3 channels'),
+        (lambda params: _layer(params, 'rpn_bbox_pred', 12), '4 channels for each of the 2 anchors'),
+    ],
+)
+def test_refuses_other_networks(change, message):
+    params = tiny()
+    change(params)
+    with pytest.raises(converter.ConversionError) as raised:
+        converter.convert(params)
+    assert message in str(raised.value) and '\n' not in str(raised.value)
+
+
+def _replace(params, name, shape):
+    params[f'arg:{name}'] = np.ones(shape, dtype=np.float32)
+
+
+def _layer(params, name, out):
+    _replace(params, f'{name}_weight', (out, 2, 1, 1))
+    _replace(params, f'{name}_bias', (out,))
