@@ -29,8 +29,8 @@ class RFCNRPNHead(RPNHead):
     """mmdet's ``RPNHead`` on the first of the feature maps (res4); the others are the RoI head's.
 
     Args:
-        whole_cells: propose from cells only that lie in the image as a whole, as Deformable-ConvNets' ``Proposal`` does:
-            the last row of a map has none where the image's height is no multiple of the stride, columns alike.
+        whole_cells: propose only from cells that lie in the image as a whole, as Deformable-ConvNets' ``Proposal``:
+            not from the last row of a map where the image's height is no multiple of the stride, columns alike.
         **kwargs: the arguments of mmdet's ``RPNHead``.
     """
 

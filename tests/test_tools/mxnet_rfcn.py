@@ -102,13 +102,12 @@ class Net:
         deltas = self.see('rpn_bbox_pred', self.conv('rpn_bbox_pred', rpn, 16, 4 * self.anchors, std=0.01))
         pairs = mx.sym.softmax(mx.sym.Reshape(score, shape=(0, 2, -1, 0)), axis=1)
         prob = self.see('rpn_cls_prob', mx.sym.Reshape(pairs, shape=(0, 2 * self.anchors, -1, 0)))
-        self.see(
-            'rois',
-            mx.sym.contrib.Proposal(
-                cls_prob=prob, bbox_pred=deltas, im_info=self.im_info, feature_stride=16, scales=scales, ratios=ratios,
-                rpn_pre_nms_top_n=6000, rpn_post_nms_top_n=300, threshold=0.7, rpn_min_size=0,
-            ),
+        rois = mx.sym.contrib.Proposal(
+            cls_prob=prob, bbox_pred=deltas, im_info=self.im_info, feature_stride=16, scales=scales, ratios=ratios,
+            rpn_pre_nms_top_n=6000, rpn_post_nms_top_n=300, threshold=0.7, rpn_min_size=0, output_score=True,
         )  # fmt: skip
+        self.see('rois', rois[0])
+        self.see('roi_scores', rois[1])
 
     def pool(self, name, maps, out, trans=None, no_trans=False):
         extra = dict(
@@ -158,6 +157,15 @@ class Net:
         return dict(zip(self.seen, (each.asnumpy() for each in executor.forward(is_train=False)), strict=True))
 
 
+def real_rois(scores):
+    """How many rows are proposals: behind them come cells that the image cuts, of score -1, and repetitions.
+
+    Proposal's form in Python, which the authors tested with, has no cut cells.
+    """
+    (ends,) = np.nonzero((scores[1:] > scores[:-1]) | (scores[1:] <= 0))
+    return int(ends[0]) + 1 if len(ends) else len(scores)
+
+
 def detections(outputs, height_width, scale, classes):
     """``im_detect`` and ``pred_eval`` of the authors' tester: float64 boxes, NMS at 0.3 with +1, 100 an image."""
     rois = outputs['rois'][:, 1:].astype(np.float64)
@@ -202,6 +210,8 @@ def main():
     picture = net.random.integers(0, 256, (*height_width, 3))  # RGB
     image = (picture - np.array(options['means_bgr'])[::-1]).transpose(2, 0, 1)[None]
     outputs = net.run(image.astype(np.float32), [*height_width, scale], folder)
+    real = real_rois(outputs['roi_scores'].ravel())
+    outputs.update({name: outputs[name][:real] for name, array in outputs.items() if len(array) == 300})
     found = detections(outputs, height_width, scale, options['classes'])
     np.savez(folder / 'outputs.npz', picture=picture.astype(np.uint8), detections=found, **outputs)
 

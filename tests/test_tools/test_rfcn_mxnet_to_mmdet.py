@@ -36,6 +36,7 @@ WIDTH, CLASSES, REDUCED, SCALES, RATIOS = 4, 3, 32, (2, 4, 8), (0.5, 1, 2)
 HEIGHT_WIDTH, SCALE = (100, 136), 1.6
 MEANS = [103.06, 115.9, 123.15]
 DEPTHS = {'R-FCN': '50', 'Deformable R-FCN': '101'}
+SEEDS = {'R-FCN': 1, 'Deformable R-FCN': 0}  # with all classes among the first 100 detections
 
 
 @pytest.fixture(scope='module')
@@ -57,8 +58,8 @@ def nets(mxnet, tmp_path_factory):
     def run(kind):
         folder = tmp_path_factory.mktemp(kind.split()[0])
         options = dict(
-            depth=DEPTHS[kind], deformable=kind != 'R-FCN', width=WIDTH, classes=CLASSES, reduced=REDUCED, seed=0,
-            scales=SCALES, ratios=RATIOS, height_width=HEIGHT_WIDTH, scale=SCALE, means_bgr=MEANS,
+            depth=DEPTHS[kind], deformable=kind != 'R-FCN', width=WIDTH, classes=CLASSES, reduced=REDUCED,
+            seed=SEEDS[kind], scales=SCALES, ratios=RATIOS, height_width=HEIGHT_WIDTH, scale=SCALE, means_bgr=MEANS,
         )  # fmt: skip
         command = [mxnet, Path(__file__).with_name('mxnet_rfcn.py'), folder, json.dumps(options)]
         environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
@@ -124,9 +125,8 @@ def compare(kind, folder, model):
     same('res4', features[0], theirs['res4'])
     same('objectness', seen['objectness'].sigmoid(), theirs['rpn_cls_prob'][:, len(SCALES) * len(RATIOS) :])
     same('rpn_bbox_pred', seen['rpn_bbox_pred'], theirs['rpn_bbox_pred'])
-    rois = theirs['rois'][: len(proposals), 1:]  # MXNet repeats them up to 300
     assert 50 <= len(proposals) < 300
-    same('proposals', proposals.bboxes, rois)
+    same('proposals', proposals.bboxes, theirs['rois'][:, 1:])
     for letter in 'abc':
         for part in (f'res5{letter}_offset', f'res5{letter}_branch2b'):
             if part in theirs:
@@ -138,10 +138,10 @@ def compare(kind, folder, model):
     same('rfcn_bbox', seen['rfcn_bbox'] * stds, theirs['rfcn_bbox'][:, 4 * 49 :])
     if kind != 'R-FCN':
         offsets, _, box_offsets, _ = pooled[:4]
-        same('rfcn_cls_offset', offsets.roll(2, dims=1), theirs['rfcn_cls_offset'][: len(rois)])
-        same('rfcn_bbox_offset', box_offsets, theirs['rfcn_bbox_offset'][: len(rois)])
-    same('class probabilities', raw.scores.roll(1, dims=1), theirs['cls_vote'][: len(rois)])
-    same('deltas', pooled[-1].mean(dim=(2, 3)) * torch.tensor(shared.BOX_STDS), theirs['bbox_vote'][: len(rois), 4:])
+        same('rfcn_cls_offset', offsets.roll(2, dims=1), theirs['rfcn_cls_offset'])
+        same('rfcn_bbox_offset', box_offsets, theirs['rfcn_bbox_offset'])
+    same('class probabilities', raw.scores.roll(1, dims=1), theirs['cls_vote'])
+    same('deltas', pooled[-1].mean(dim=(2, 3)) * torch.tensor(shared.BOX_STDS), theirs['bbox_vote'][:, 4:])
 
     detections = theirs['detections'].float()
     assert len(detections) == len(found) == 100 and len(detections[:, 5].unique()) == CLASSES
@@ -261,7 +261,7 @@ def test_reads_every_version(version, dtype, tmp_path):
     assert list(read) == ['arg:a', 'aux:ä'] and {array.dtype for array in read.values()} == {np.dtype('float32')}
     np.testing.assert_array_equal(read['arg:a'], ARRAY.astype(dtype).astype(np.float32))
     np.testing.assert_array_equal(read['aux:ä'], other.astype(np.float32))
-    for length in range(len(content)):
+    for length in range(0, len(content), 1 if dtype == '<f4' else 41):
         (tmp_path / 'a.params').write_bytes(content[:length])
         with pytest.raises(converter.ParamsError, match='are left: truncated'):
             converter.read_params(tmp_path / 'a.params')

@@ -1,7 +1,7 @@
 """Reading MXNet's ``.params``: the list of named arrays that ``mx.nd.save`` writes (``src/ndarray/ndarray.cc``).
 
-Little-endian: uint64 0x112, uint64 reserved, uint64 count and so many arrays, uint64 count and so many names, each a uint64
-length and bytes. An array opens with a magic number and its shape; three versions differ in how:
+Little-endian: uint64 0x112, uint64 reserved, uint64 count and so many arrays, uint64 count and so many names, each a
+uint64 length and bytes. An array opens with a magic number and its shape; three versions differ in how:
 
 * 0xF993FACA (with numpy's shapes) and 0xF993FAC9: int32 storage type, int32 number of dimensions, int64 each;
 * 0xF993FAC8: uint32 number of dimensions, int64 each;

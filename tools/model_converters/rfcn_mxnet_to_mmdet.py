@@ -1,25 +1,22 @@
-"""Turn a ``.params`` of Deformable-ConvNets (R-FCN or Deformable R-FCN, ResNet-101 or ResNet-50) into an mmdet checkpoint.
+"""Turn a ``.params`` of Deformable-ConvNets (R-FCN, Deformable R-FCN; ResNet-101, ResNet-50) into an mmdet checkpoint.
 
     python tools/model_converters/rfcn_mxnet_to_mmdet.py rfcn_dcn_coco-0000.params deformable-rfcn_r101_coco.pth
 
-The result loads into ``configs/rfcn/rfcn_r*-caffe_*.py`` or ``deformable-rfcn_r*-caffe_*.py``. The file is read as what it
-is, a list of arrays; nothing in it is executed, and MXNet is not needed. Network, classes and anchors are those of the
-layers found. What changes:
+The result loads into ``configs/rfcn/rfcn_r101-mxnet_*.py`` or ``deformable-rfcn_r101-mxnet_*.py``, which have the
+authors' pixel means, boxes and thresholds. The file is read as what it is, a list of arrays; nothing in it is executed,
+and MXNet is not needed. Network, classes and anchors are those of the layers found. What changes:
 
 * The first convolution takes RGB there and BGR in the configs: its input channels are turned round.
 * A name with ``_test`` replaces the one without, as at the authors' test time. The box layer has one, with the box
-  normalisation (stds .1 .1 .2 .2) multiplied in; it is divided out again, since mmdet's coder applies it. Without one, say
-  which it is: ``--box-maps final`` (multiplied in) or ``--box-maps raw`` (not, as in training).
+  normalisation (stds .1 .1 .2 .2) multiplied in; it is divided out again, since mmdet's coder applies it. Without one,
+  say which it is: ``--box-maps final`` (multiplied in) or ``--box-maps raw`` (not, as in training).
 * Background, the first class in MXNet, becomes the last, in the offsets of the bins as well. Of the box maps, the
   foreground half stays.
-* The RPN's pairs of logits become one: softmax over (background, object) is the sigmoid of object - background, exactly.
+* The RPN's pairs of logits become one: softmax over (background, object) is the sigmoid of object - background.
 
 Offsets keep their order: y before x at each place of a deformable convolution, in 4 groups of channels; x before y for
-the bins, for each class.
-
-Test with the authors' settings, which differ from the configs' Caffe ones:
-``--cfg-options model.data_preprocessor.mean=[103.06,115.9,123.15] model.test_cfg.rpn.min_bbox_size=-1
-model.test_cfg.rcnn.score_thr=0.001``
+the bins, for each class. What still differs from MXNet: box deltas are cut at log(1000 / 16); equal scores come in
+another order; an image with fewer than 300 proposals has no repeated ones.
 """
 
 import argparse
