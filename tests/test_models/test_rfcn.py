@@ -294,3 +294,21 @@ def test_roi_head_errors(changed, message):
     config = dict(type='mmdet_softnms.RFCNRoIHead', bbox_head=dict(type='mmdet_softnms.RFCNBBoxHead'))
     with pytest.raises((ValueError, TypeError), match=message):
         MODELS.build({**config, **changed})
+
+
+@torch.no_grad()
+def test_proposals_of_whole_cells():
+    """``Proposal`` of Deformable-ConvNets: an image of 40 x 60 px has two rows of three whole cells of 16 px."""
+    detector = tiny_rfcn()
+    head = detector.rpn_head
+    anchors = head.num_base_priors
+    scores, deltas = torch.randn(1, anchors, 3, 4), torch.randn(1, 4 * anchors, 3, 4)
+    meta = dict(img_shape=(40, 60), scale_factor=(1.0, 1.0))
+
+    def proposals(scores, deltas):
+        return head.predict_by_feat([scores], [deltas], batch_img_metas=[meta], cfg=head.test_cfg)[0].bboxes
+
+    every = proposals(scores, deltas)
+    cropped = proposals(scores[..., :2, :3], deltas[..., :2, :3])
+    head.whole_cells = True
+    assert proposals(scores, deltas).equal(cropped) and len(cropped) < len(every)

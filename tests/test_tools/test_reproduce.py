@@ -112,7 +112,7 @@ def test_the_issue_is_covered():
         assert values(f'faster-rcnn_vgg16-caffe{kind}_coco') == {('AP', vgg, dev)}
     for kind, one_scale, six_scales in (('', 37.4, 39.8), ('_soft-nms-gaussian', 38.4, 40.9)):
         expected = {('AP', one_scale, dev), ('AP at 6 scales', six_scales, dev)}
-        assert values(f'deformable-rfcn_r101-caffe{kind}_coco') == expected
+        assert values(f'deformable-rfcn_r101-mxnet{kind}_coco') == expected
 
 
 def test_mmdets_own_metafile_says_the_same():
