@@ -166,6 +166,10 @@ class RawDetector(nn.Module):
             raise ExportError(f'{type(head.bbox_roi_extractor).__name__} cannot be exported; SingleRoIExtractor can')
         if getattr(head, 'with_shared_head', False):
             raise ExportError('a shared head (C4) cannot be exported')
+        if getattr(model.rpn_head, 'whole_cells', False):
+            raise ExportError(
+                'proposals of whole cells cannot be exported; with model.rpn_head.whole_cells=False, all can'
+            )
         rpn = model.rpn_head.test_cfg
         if rpn.nms.get('type', 'nms') != 'nms' or rpn.get('nms_pre', -1) < 1 or rpn.get('max_per_img', -1) < 1:
             raise ExportError(

@@ -12,6 +12,7 @@ Then int32 device type and number, int32 type of the elements, and the elements.
 
 import math
 import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,8 @@ def read_params(path: Path) -> dict[str, np.ndarray]:
             raise ParamsError(f'has {len(arrays)} arrays and {len(names)} names: no weights of a network')
         if data.left:
             raise ParamsError(f'goes on for {data.left} bytes behind the last name')
-        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-        if twice is not None:
-            raise ParamsError(f'has {twice!r:.80} twice')
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ParamsError(f'has {twice[0]!r:.80} twice')
         for name, array in zip(names, arrays, strict=True):
             if not np.isfinite(array).all():
                 raise ParamsError(f'has numbers that are not finite in {name!r:.80}')
