@@ -24,7 +24,7 @@ from mmdet_softnms.reevaluation.scoring.sweep import Row
 #: Colours of Okabe and Ito (2008), which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN = '#0072b2', '#d55e00', '#009e73'
 _INK = '#010203'  # stands for the page's text colour, see svg_url
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     'font.size': 10,
     'text.color': _INK,
     'axes.labelcolor': _INK,
@@ -40,7 +40,7 @@ _STYLE = {
     'svg.hashsalt': 'mmdet_softnms',
     'hatch.linewidth': 0.8,
 }
-_MAX_BARS = 40  # classes in the bar chart; beyond, the largest gains and losses
+_MAX_BARS = 40  # classes in the bar chart; beyond, those that change most
 _MAX_WRITTEN = 12  # columns of a heat map up to which each cell has its number
 
 
@@ -197,7 +197,7 @@ def precision_recall_plots(baseline: Row, best: Row) -> list[Plot]:
             below.set(xlabel='recall', ylabel='difference,\npoints')
             for one in (axes, below):
                 one.grid(color='#808080', alpha=0.3)
-            axes.legend(loc='lower left')
+            axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=2)
         gap = after - before
         most = int(np.abs(gap).argmax())
         words = (
@@ -213,13 +213,13 @@ def _area(curve: np.ndarray) -> str:
 
 
 def class_plot(baseline: Row, best: Row) -> Plot:
-    """Gain in AP of every class; of many classes, those that gain and lose the most."""
+    """Gain in AP of every class; of many classes, those that change most."""
     gains = sorted(
         (100 * (best.per_class[name] - value), name)
         for name, value in baseline.per_class.items()
         if name in best.per_class
     )
-    shown = gains if len(gains) <= _MAX_BARS else gains[: _MAX_BARS // 2] + gains[-_MAX_BARS // 2 :]
+    shown = sorted(sorted(gains, key=lambda one: abs(one[0]))[-_MAX_BARS:])
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, max(2.0, 0.9 + 0.22 * len(shown))), layout='constrained')
         axes = figure.subplots()
@@ -238,7 +238,9 @@ def class_plot(baseline: Row, best: Row) -> Plot:
         axes.grid(color='#808080', alpha=0.3, axis='x')
         if math.isclose(max((abs(gain) for gain, _ in shown), default=0.0), 0.0):
             axes.set_xlim(-1, 1)
-    caption = 'Gain in AP by class' + ('' if len(shown) == len(gains) else f' (the extremes of {len(gains)})')
+    caption = 'Gain in AP by class' + (
+        '' if len(shown) == len(gains) else f' (the {len(shown)} that change most, of {len(gains)})'
+    )
     up, down = sum(gain > 0 for gain, _ in gains), sum(gain < 0 for gain, _ in gains)
     words = f'{caption}: {up} of {len(gains)} classes gain, {down} lose'
     if gains:

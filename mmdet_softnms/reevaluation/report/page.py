@@ -56,7 +56,8 @@ _GLOSSARY = (
     ('Soft-NMS', 'lowers the score of such a box instead: linear by 1 - IoU, gaussian by exp(-IoU²/σ).'),
     ('score_thr', 'detections below it are dropped before suppression.'),
     ('max_per_img', 'so many detections are kept of each image.'),
-    ('95 % interval', 'percentiles of the difference from hard NMS over bootstrap resamples of images.'),
+    ('95 % interval', 'percentiles of the difference from hard NMS over bootstrap resamples of images: in the table of '
+     'that row alone, in the verdict of the whole procedure, choice included.'),
     ('points', 'difference of two percentages.'),
     ('TIDE', 'errors of a detector by kind, and what AP50 would gain without them (Bolya et al., ECCV 2020).'),
     ('recovered, lost', 'an object that a detection matches at IoU 0.5 only after, only before.'),
