@@ -207,7 +207,7 @@ PROBE = """<script>onload = async () => {
       one => one.id + ': ' + one.nodes[0].html.slice(0, 150));
     out.violations = await seen();
     document.querySelector('img').removeAttribute('alt');
-    document.querySelector('nav a').style.color = getComputedStyle(document.body).backgroundColor;
+    document.querySelector('nav a').style.color = 'light-dark(#aaa, #444)';
     out.control = await seen();
   } catch (error) { out.error = String(error); }
   document.title = JSON.stringify(out);

@@ -76,13 +76,13 @@ def test_better_located_boxes_are_marked(tmp_path):
     (dog,) = (picture for picture in pictures if picture.name == 'dog.jpg')
     assert dog.changes == '1 tighter' and dog.gain > 0
     (mark,) = (mark for mark in dog.after if mark.number)
-    assert mark.kind == 'better' and mark.words == 'tighter: dog, score 0.17, up to IoU 0.95 instead of 0.75'
+    assert mark.kind == 'better' and mark.words == 'tighter: dog, score 0.17, up to IoU 0.95, before only 0.75'
     assert not any(mark.number for mark in dog.before)
     pictures, _ = draw_pictures(session, *reversed(settings), 4)
     (dog,) = (picture for picture in pictures if picture.name == 'dog.jpg')
     assert dog.changes == '1 looser' and dog.gain < 0
     (mark,) = (mark for mark in dog.before if mark.number)
-    assert mark.words.startswith('looser: dog')
+    assert mark.words.startswith('looser: dog') and mark.words.endswith('up to IoU 0.95, after only 0.75')
 
 
 def test_losses_and_false_positives_of_one_side_are_marked(tmp_path):

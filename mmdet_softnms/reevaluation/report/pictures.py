@@ -186,7 +186,7 @@ def _picture(
             elif threshold > other[0]:
                 word = ('looser', 'tighter')[side]
                 levels = f'{IOU_THRS[threshold]:.2f}', f'{IOU_THRS[other[0]]:.2f}'
-                special[row] = 'better', word, f', up to IoU {levels[0]} instead of {levels[1]}'
+                special[row] = 'better', word, f', up to IoU {levels[0]}, {("after", "before")[side]} only {levels[1]}'
             else:
                 continue
             counts[word] += 1
