@@ -216,7 +216,10 @@ def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, d
         print(chosen)
     command = shlex.join(args.command)
     title = Path(args.config).stem
-    pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
+    pages = write_report(
+        work_dir, result, title=title, command=command, selection=selection, selection_words=chosen, cfg=request.cfg,
+        checkpoint=args.checkpoint,
+    )  # fmt: skip
     forget_partial(work_dir)
     print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
 

@@ -24,6 +24,7 @@ from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.choice.plan import plan_choice
 from mmdet_softnms.reevaluation.choice.selection import Selection, choose
+from mmdet_softnms.reevaluation.report.why import errors_of
 from mmdet_softnms.reevaluation.request import Listener, Request
 from mmdet_softnms.reevaluation.result import Reevaluation, Session, no_candidates
 from mmdet_softnms.reevaluation.scoring import evaluators as configured
@@ -89,6 +90,7 @@ def reevaluate(
         _add_configured(request, dataset, evaluators, session, rows, listener)
         result = _result(request, dataset, collected, session, rows)
         selection = choose(request, result, split, folder, listener) if request.select else None
+        result.errors = errors_of(result, selection)
         report(result, selection)
     return result
 

@@ -292,7 +292,7 @@ def test_select_prints_a_config_that_can_be_pasted(project, tmp_path):
     pasted: dict = {}
     exec(text, pasted)
     assert pasted['model']['test_cfg']['rcnn']['nms']['type'].startswith('mmdet_softnms.')
-    assert 'Which setting to use' in (tmp_path / 'report.html').read_text()
+    assert 'How the setting was chosen' in (tmp_path / 'report.html').read_text()
     assert ('no significant difference' in done.stdout) == (not chosen['significant'])
 
 
