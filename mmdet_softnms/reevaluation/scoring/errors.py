@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.scoring.compiled import compiled
+from mmdet_softnms.ops._compiled import compiled_when_called
 from mmdet_softnms.reevaluation.scoring.matching import Objects, match_flat
 from mmdet_softnms.reevaluation.scoring.metrics import RECALLS
 
@@ -75,7 +75,7 @@ def errors(results: Sequence[InstanceData], objects: Objects) -> dict[str, Any]:
     return dict(AP50=before, dAP=gains, count=counts)
 
 
-@compiled
+@compiled_when_called
 def _kinds(image, label, boxes, found, objects, crowd, label_of, starts):  # type: ignore[no-untyped-def]
     """Of every detection, best first in each image: its kind, -1 where it is right; the object it is corrected to."""
     kinds = np.full(len(boxes), -1, np.int8)
