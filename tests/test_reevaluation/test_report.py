@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 from rich.console import Console
 
-from mmdet_softnms.cli.reevaluate import Display
+from mmdet_softnms.cli.terminal import Terminal
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
 from mmdet_softnms.reevaluation.choice.selection import Selection, select
 from mmdet_softnms.reevaluation.report.figures import sensitivity_figures
@@ -32,9 +32,9 @@ from mmdet_softnms.reevaluation.report.table import (
     full_label,
     notes,
     rows_table,
-    selection_text,
     to_table,
 )
+from mmdet_softnms.reevaluation.report.verdict import selection_text
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects
 from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
@@ -177,7 +177,9 @@ def test_markdown_and_screen_say_the_same(result, selection):
         assert f'{100 * best.metrics["AP"]:.2f} (' in text
         table = rows_table(result.rows, 'T', selection=chosen)
         assert table.row_count == len(result.rows)
-        assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in [column.header for column in table.columns])
+        assert ('AP gain, 95 %' in text) == (
+            'AP gain, 95 %' in [str(column.header).strip() for column in table.columns]
+        )
         assert ('AP gain, 95 %' in text) == (chosen is not None)
 
 
@@ -223,9 +225,9 @@ def test_names_that_look_like_markup_are_text(result, tmp_path):
 
 
 def test_what_a_run_says_is_text(capsys):
-    with Display(sweep=False, quiet=False) as display:
-        display.say(MARKUP)
-        display.progress(MARKUP, 1, 1)
+    with Terminal() as terminal:
+        terminal.say(MARKUP)
+        terminal.progress(MARKUP, 1, 1)
     shown = capsys.readouterr().err
     assert shown.count(MARKUP[:30]) == 2
 
@@ -381,10 +383,10 @@ def test_what_is_said_of_a_selection(result, selection):
     text = selection_text(selection, result, CFG)
     assert '5-fold over images' in text and "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead')" in text
     same = select(result.settings, [matches[0]] * len(matches), objects)
-    assert 'no significant difference' in selection_text(same, result, CFG)
+    assert 'keep hard NMS: ' in selection_text(same, result, CFG)
     worse = select(result.settings, [matches[0]] * len(matches), objects)
     worse.procedure.low, worse.procedure.high = -0.2, -0.1
-    assert 'significantly worse' in selection_text(worse, result, CFG)
+    assert 'keep hard NMS: the tuned suppression is worse' in selection_text(worse, result, CFG)
 
 
 BROWSERS = ('chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome', 'chrome')

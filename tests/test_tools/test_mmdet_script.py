@@ -14,6 +14,7 @@ from mmdet_softnms.files import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / 'configs/demo/faster-rcnn_r18-w16_fpn_demo.py'
+DATA = ['test_dataloader.dataset.ann_file=']  # a test runs in a folder of its own, without data
 spec = importlib.util.spec_from_file_location('_mmdet_script', ROOT / 'tools/_mmdet_script.py')
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -52,13 +53,18 @@ def run(monkeypatch, tmp_path):
 
 def test_names_and_flags(run):
     checkpoint = DEMO.with_suffix('.pth')
-    options = ['--cfg-options', 'model.a=b.pth', 'c=missing.py', '--work-dir', 'w']
+    options = ['--cfg-options', 'a=b.pth', 'c=missing.py', *DATA, '--work-dir', 'w']
     assert run('test.py', DEMO, checkpoint, *options) == [str(DEMO), str(checkpoint), *options]
-    assert run('test.py', '--work-dir', 'w', DEMO, checkpoint.as_uri())[2:] == [str(DEMO), checkpoint.as_uri()]
-    (path,) = run('train.py', 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
-    assert Path(path).is_file() and run('train.py', 'faster-rcnn_r50_fpn_1x_coco', '--resume') == [path, '--resume']
+    uri = checkpoint.as_uri()
+    assert run('test.py', '--work-dir', 'w', DEMO, uri, '--cfg-options', *DATA)[2:4] == [str(DEMO), uri]
+    coco = [f'{part}_dataloader.dataset.ann_file=' for part in ('train', 'val')]
+    options = ['--resume', '--cfg-options', *coco]
+    path, *rest = run('train.py', 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', *options)
+    assert Path(path).is_file() and rest == options
+    assert run('train.py', 'faster-rcnn_r50_fpn_1x_coco', *options) == [path, *options]
     assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'
-    assert run('test.py', DEMO, checkpoint, '--trust-checkpoint') == [str(DEMO), str(checkpoint)]
+    given = ['--cfg-options', *DATA]
+    assert run('test.py', DEMO, checkpoint, '--trust-checkpoint', *given) == [str(DEMO), str(checkpoint), *given]
     assert os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
 
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import ReevaluationError, did_you_mean
 
 AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
 
@@ -24,6 +24,7 @@ def read_spec(spec: str) -> tuple[str, str, list[Any]] | Path:
     raise ReevaluationError(
         f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
         f'{", ".join(f"{one}=VALUES" for one in AROUND)}, or the path of a YAML file'
+        f'{did_you_mean(name, AROUND)}'
     )
 
 

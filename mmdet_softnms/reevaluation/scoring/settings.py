@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import ReevaluationError, did_you_mean
 from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
@@ -69,10 +69,16 @@ class Setting:
     @property
     def label(self) -> str:
         """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, without the thresholds around it."""
+        return self.label_without({})
+
+    def label_without(self, known: Mapping[str, Any]) -> str:
+        """The label without the parameters that have these values, which the reader knows already."""
         params = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and not value)}
         words = [str(params.pop('method'))] if 'method' in params else []
         words += [
-            f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}' for name, value in params.items()
+            f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}'
+            for name, value in params.items()
+            if not (name in known and known[name] == value)
         ]
         return ' '.join([self.name, *words]) + (' (config)' if self.source == 'config' else '')
 
@@ -279,6 +285,7 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
         grid['min_score'] = [min_score]
     if class_agnostic and 'class_agnostic' not in grid:
         grid['class_agnostic'] = [True]  # a rule that has no such argument says so
+    _check_names(name, kind, swept)
     rules: dict[str, Rule] = {}
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))
@@ -296,6 +303,23 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
                 f'a sweep over {name}.{parameter} changes nothing: {next(iter(rules.values())).params} does not use it'
             )
     return list(rules.values())
+
+
+def _check_names(name: str, kind: str, parameters: Iterable[str]) -> None:
+    """Raise a ReevaluationError for a rule or a parameter that does not exist."""
+    if kind == f'{TASK_UTILS.scope}.{name}' and TASK_UTILS.get(kind) is None:
+        rules = [
+            one for one, cls in TASK_UTILS.module_dict.items() if any('__call__' in vars(base) for base in cls.__mro__)
+        ]
+        known = [*(one for one in rules if one not in ('MmcvNMS', 'NoSuppression')), 'nms', 'soft_nms']
+        raise ReevaluationError(
+            f'--sweep: {name} is not a registered rule{did_you_mean(name, known) or "; there are " + ", ".join(known)}'
+        )
+    known = list(_parameters(kind))
+    for one in parameters:
+        if known and one not in known:
+            remedy = f'; write {one}=VALUES, without the rule' if one in AROUND else did_you_mean(one, known)
+            raise ReevaluationError(f'--sweep: {name} takes {", ".join(known)}, not {one}{remedy}')
 
 
 def _parameters(kind: str) -> Iterable[str]:
