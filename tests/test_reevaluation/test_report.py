@@ -177,9 +177,8 @@ def test_markdown_and_screen_say_the_same(result, selection):
         assert f'{100 * best.metrics["AP"]:.2f} (' in text
         table = rows_table(result.rows, 'T', selection=chosen)
         assert table.row_count == len(result.rows)
-        assert ('AP gain, 95 %' in text) == (
-            'AP gain, 95 %' in [str(column.header).strip() for column in table.columns]
-        )
+        headings = [str(column.header).strip() for column in table.columns]
+        assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in headings)
         assert ('AP gain, 95 %' in text) == (chosen is not None)
 
 
@@ -385,7 +384,7 @@ def test_what_is_said_of_a_selection(result, selection):
     same = select(result.settings, [matches[0]] * len(matches), objects)
     assert 'keep hard NMS: ' in selection_text(same, result, CFG)
     worse = select(result.settings, [matches[0]] * len(matches), objects)
-    worse.procedure.low, worse.procedure.high = -0.2, -0.1
+    worse.chosen, worse.procedure.low, worse.procedure.high = 1, -0.2, -0.1
     assert 'keep hard NMS: the tuned suppression is worse' in selection_text(worse, result, CFG)
 
 
