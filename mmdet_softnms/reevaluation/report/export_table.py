@@ -334,7 +334,7 @@ def _latex_heading(column: Column) -> str:
 
 _LATEX = {
     '\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}',
-    '>': r'\textgreater{}', '|': r'\textbar{}', '"': r'\textquotedbl{}', **{one: f'\\{one}' for one in '{}_%&#$'},
+    '>': r'\textgreater{}', '|': r'\textbar{}', **{one: f'\\{one}' for one in '{}_%&#$'},
 }  # fmt: skip
 
 

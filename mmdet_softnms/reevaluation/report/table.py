@@ -221,7 +221,7 @@ def _constants(settings: Sequence[Setting]) -> dict[str, Any]:
     for name in dict.fromkeys(name for setting in table for name in setting.rule.params if name != 'method'):
         having = [setting for setting in table if name in setting.rule.params]
         values = [setting.rule.params[name] for setting in having]
-        repeated = max(Counter(setting.name for setting in having).values()) > 1
+        repeated = max(Counter((setting.name, setting.group) for setting in having).values()) > 1
         if repeated and all(value == values[0] for value in values) and not (name == 'offset' and not values[0]):
             found[name] = values[0]
     return found
