@@ -78,9 +78,12 @@ def print_table(console: Console, table: Table) -> None:
     title, caption = table.title, table.caption
     table.title = table.caption = None
     needed = sum((column.width or 0) + GAP for column in table.columns)
+    width = console.width
     with console.capture() as captured:
         console.print(title, '', sep='\n', highlight=False)
-        console.print(table, width=max(needed, console.width), crop=False, no_wrap=True)
+        console.width = max(needed, width)  # no number is cut short, however narrow the screen
+        console.print(table, crop=False)
+        console.width = width
         if caption:
             console.print('', caption, sep='\n', highlight=False)
     lines = captured.get().splitlines()
