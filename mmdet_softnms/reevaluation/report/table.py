@@ -274,7 +274,7 @@ def _metric_column(rows: Sequence[Row], baselines: Sequence[Row | None], name: s
         bold = name in SHARES and value == best != '-' and len(rows) > 1
         changed = difference.strip('+-0.')
         colour = 'green' if changed and difference[0] == '+' else 'red' if changed else ''
-        text = Text(value.rjust(wide), 'bold' if bold else '')
+        text = Text().append(value.rjust(wide), 'bold' if bold else '')
         text.append(f' {difference:>{narrow}}' if narrow else '', colour)
         text.pad_left(width - text.cell_len)
         cells.append(text)
