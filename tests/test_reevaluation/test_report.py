@@ -10,7 +10,7 @@ import re
 import pytest
 from rich.console import Console
 
-from mmdet_softnms.cli.reevaluate import Display
+from mmdet_softnms.cli.terminal import Terminal
 from mmdet_softnms.reevaluation.choice.selection import select
 from mmdet_softnms.reevaluation.report.figures import precision_recall_plots
 from mmdet_softnms.reevaluation.report.page import markdown, write_report
@@ -20,9 +20,9 @@ from mmdet_softnms.reevaluation.report.table import (
     full_label,
     notes,
     rows_table,
-    selection_text,
     to_table,
 )
+from mmdet_softnms.reevaluation.report.verdict import selection_text
 from mmdet_softnms.reevaluation.scoring.matching import Objects
 from mmdet_softnms.reevaluation.scoring.sweep import match_all
 from mmdet_softnms.rules import SoftNMS
@@ -55,7 +55,8 @@ def test_markdown_and_screen_say_the_same(result, selection):
         assert f'{100 * best.metrics["AP"]:.2f} (' in text
         table = rows_table(result.rows, 'T', selection=chosen)
         assert table.row_count == len(result.rows)
-        assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in [column.header for column in table.columns])
+        headings = [str(column.header).strip() for column in table.columns]
+        assert ('AP gain, 95 %' in text) == ('AP gain, 95 %' in headings)
         assert ('AP gain, 95 %' in text) == (chosen is not None)
 
 
@@ -102,9 +103,9 @@ def test_names_that_look_like_markup_are_text(result, tmp_path):
 
 
 def test_what_a_run_says_is_text(capsys):
-    with Display(sweep=False, quiet=False) as display:
-        display.say(MARKUP)
-        display.progress(MARKUP, 1, 1)
+    with Terminal() as terminal:
+        terminal.say(MARKUP)
+        terminal.progress(MARKUP, 1, 1)
     shown = capsys.readouterr().err
     assert shown.count(MARKUP[:30]) == 2
 
@@ -129,7 +130,7 @@ def test_what_is_said_of_a_selection(result, selection):
     text = selection_text(selection, result, CFG)
     assert '5-fold over images' in text and "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead')" in text
     same = select(result.settings, [matches[0]] * len(matches), objects)
-    assert 'no significant difference' in selection_text(same, result, CFG)
+    assert 'keep hard NMS: ' in selection_text(same, result, CFG)
     worse = select(result.settings, [matches[0]] * len(matches), objects)
-    worse.procedure.low, worse.procedure.high = -0.2, -0.1
-    assert 'significantly worse' in selection_text(worse, result, CFG)
+    worse.chosen, worse.procedure.low, worse.procedure.high = 1, -0.2, -0.1
+    assert 'keep hard NMS: the tuned suppression is worse' in selection_text(worse, result, CFG)

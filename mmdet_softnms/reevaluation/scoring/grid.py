@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import ReevaluationError, did_you_mean
 
 AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
 
@@ -70,7 +70,7 @@ def read_spec(spec: str) -> tuple[str, str, list[Any]] | Path:
     raise ReevaluationError(
         f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
         f'{", ".join(f"{one}=VALUES" for one in AROUND)}, the path of a YAML file, or one of the presets '
-        f'{", ".join(PRESETS)}'
+        f'{", ".join(PRESETS)}{did_you_mean(name, [*AROUND, *PRESETS])}'
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import ReevaluationError, did_you_mean
 from mmdet_softnms.ops import weights
 from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
@@ -73,7 +73,12 @@ class Setting:
     @property
     def label(self) -> str:
         """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, without the thresholds around it."""
-        return ' '.join([self.name, *words_of(self.rule.params)]) + (' (config)' if self.source == 'config' else '')
+        return self.label_without({})
+
+    def label_without(self, known: Mapping[str, Any]) -> str:
+        """The label without the parameters that have these values, which the reader knows already."""
+        telling = {name: value for name, value in self.rule.params.items() if known.get(name, ...) != value}
+        return ' '.join([self.name, *words_of(telling)]) + (' (config)' if self.source == 'config' else '')
 
     def snippet(self, head: str | Mapping[str, Any]) -> str:
         """The lines to paste into a config that has this setting.
@@ -291,6 +296,7 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
             grid = {f'{inside}method': methods, **grid}  # rows of one method together
     if class_agnostic and 'class_agnostic' not in grid:
         grid['class_agnostic'] = [True]  # a rule that has no such argument says so
+    _check_names(name, kind, {one: grid[one] for one in swept})
     rules: dict[str, Rule] = {}
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))
@@ -350,6 +356,28 @@ def _uses(params: Any, parameter: str) -> bool:
             return False
         params = params[name]
     return True
+
+
+def _check_names(name: str, kind: str, grid: Mapping[str, list[Any]]) -> None:
+    """Raise a ReevaluationError for a rule or a parameter that does not exist, in a rule inside a rule, too."""
+    if kind == f'{TASK_UTILS.scope}.{name}' and TASK_UTILS.get(kind) is None:
+        rules = [
+            one for one, cls in TASK_UTILS.module_dict.items() if any('__call__' in vars(base) for base in cls.__mro__)
+        ]
+        known = [*(one for one in rules if one not in ('MmcvNMS', 'NoSuppression')), 'nms', 'soft_nms']
+        raise ReevaluationError(
+            f'--sweep: {name} is not a registered rule{did_you_mean(name, known) or "; there are " + ", ".join(known)}'
+        )
+    known = list(_parameters(kind))
+    inside = {one.removeprefix('rule.'): values for one, values in grid.items() if one.startswith('rule.')}
+    if inside and 'rule' in known:
+        inner = str(grid.get('rule', ['SoftNMS'])[0])
+        _check_names(inner, _scoped(inner), inside)
+        grid = {one: values for one, values in grid.items() if not one.startswith('rule.')}
+    for one in grid:
+        if known and one not in known:
+            remedy = f'; write {one}=VALUES, without the rule' if one in AROUND else did_you_mean(one, known)
+            raise ReevaluationError(f'--sweep: {name} takes {", ".join(known)}, not {one}{remedy}')
 
 
 def _parameters(kind: str) -> Iterable[str]:
