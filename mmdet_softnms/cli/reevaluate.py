@@ -159,6 +159,7 @@ def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, t
     """Everything a reader gets: verdict and table on the screen, the JSON, the report, the tables for papers."""
     from mmdet_softnms import __version__
     from mmdet_softnms.files import write_json
+    from mmdet_softnms.reevaluation.report import why
     from mmdet_softnms.reevaluation.report.export_table import write_tables
     from mmdet_softnms.reevaluation.report.page import write_report
     from mmdet_softnms.reevaluation.report.table import to_table
@@ -183,6 +184,8 @@ def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, t
         terminal.print(f'{verdict}\n', 'bold')
     most = max(shutil.get_terminal_size().lines - 15, 20) if terminal.out.isatty() else None
     terminal.print_table(functools.partial(to_table, result, selection, most_rows=most))
+    if 'best' in result.errors or 'chosen' in result.errors:
+        terminal.print('\n'.join(why.lines(result.errors)) + '\n')
     if details:
         terminal.print(f'{details}\n')
     command = shlex.join(args.command)

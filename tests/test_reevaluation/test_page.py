@@ -16,11 +16,9 @@ import axe_core_python
 import pytest
 
 import mmdet_softnms
-from mmdet_softnms.reevaluation.choice.selection import select
-from mmdet_softnms.reevaluation.report.page import csv_text, latex_text, verdict_of, write_report
-from mmdet_softnms.reevaluation.report.table import full_label
-from mmdet_softnms.reevaluation.scoring.matching import Objects
-from mmdet_softnms.reevaluation.scoring.sweep import match_all
+from mmdet_softnms.reevaluation.report.export_table import by_rule, to_csv, to_latex
+from mmdet_softnms.reevaluation.report.page import write_report
+from mmdet_softnms.reevaluation.report.verdict import verdict_of
 
 
 class _Reader(html.parser.HTMLParser):
@@ -105,21 +103,9 @@ def test_the_rows_of_the_page_are_the_rows(page, result, selection):
 
 def test_the_verdict_says_what_to_do(result, selection, page, tmp_path):
     rows = result.rows
-    chosen = selection.chosen
-    good, none, bad = (
-        dataclasses.replace(selection, procedure=dataclasses.replace(selection.procedure, low=low, high=high))
-        for low, high in ((0.01, 0.02), (-0.01, 0.02), (-0.02, -0.01))
-    )
-    gain = f'{100 * (selection.procedure.value - selection.procedure.baseline):+.2f} AP'
-    assert verdict_of(good, rows) == (f'Use {full_label(rows[chosen], rows)}: {gain} [+1.00, +2.00]', rows[chosen])
-    hard = rows[0 if chosen < 7 else 7]
-    assert verdict_of(none, rows) == (f'Keep hard NMS: no significant difference, {gain} [-1.00, +2.00]', hard)
-    assert verdict_of(bad, rows)[0].startswith('Keep hard NMS: tuned suppression is worse') and hard.setting.is_baseline
-    matches = match_all(result.session.candidates, result.settings, result.session.truth)
-    same = select(result.settings, [matches[0]] * len(matches), Objects.of(result.session.truth))
-    assert verdict_of(same, rows)[1].setting.is_baseline
     # The block to paste is that of the verdict.
-    sentence, row = verdict_of(selection, rows)
+    verdict = verdict_of(selection, rows)
+    sentence, row = verdict.sentence[1:], rows[verdict.row]  # the page writes the first letter large
     text = ''.join(_read(page).text)
     assert sentence in text and row.setting.snippet('mmdet_softnms.SoftNMSRoIHead') in text
     assert text.index(sentence) < text.index('Settings compared')
@@ -130,18 +116,16 @@ def test_the_verdict_says_what_to_do(result, selection, page, tmp_path):
     assert 'Best row: ' in text and 'flatters' in text and '_delete_' not in text and 'id="why"' not in text
 
 
-def test_downloads_are_in_the_page(page, result):
+def test_downloads_are_in_the_page(page, result, selection):
     links = {one['download']: one['href'] for tag, one in _read(page).tags if tag == 'a' and 'download' in one}
     texts = {name: base64.b64decode(url.split('base64,')[1]).decode() for name, url in links.items()}
     assert list(texts) == ['rows.csv', 'rows.tex', 'rows.json', 'classes.csv']
-    assert texts['rows.csv'] == csv_text(result.rows) and texts['rows.tex'] == latex_text(result.rows)
+    assert texts['rows.csv'] == to_csv(by_rule(result, selection, 'A & B', paper=False))
+    assert texts['rows.tex'] == to_latex(by_rule(result, selection, 'A & B', paper=True))
     table = list(csv.DictReader(io.StringIO(texts['rows.csv'])))
-    assert [float(one['AP']) for one in table] == [100 * row.metrics['AP'] for row in result.rows]
-    assert float(table[1]['AP difference']) == pytest.approx(float(table[1]['AP']) - float(table[0]['AP']))
-    assert table[0]['AP difference'] == ''
-    lines = [line for line in texts['rows.tex'].splitlines() if line.endswith(r'\\')]
-    assert len(lines) == 1 + len(result.rows) and len({line.count('&') for line in lines[1:]}) == 1
-    assert r'iou\_threshold=0.5' in lines[1] and f'{100 * result.rows[1].metrics["AP"]:.2f}' in lines[2]
+    assert [float(one['AP']) for one in table] == [row.metrics['AP'] for row in result.rows]
+    assert float(table[1]['AP_difference']) == pytest.approx(float(table[1]['AP']) - float(table[0]['AP']))
+    assert table[0]['AP_difference'] == ''
     content = json.loads(texts['rows.json'])
     assert [one['metrics'] for one in content['rows']] == [row.metrics for row in result.rows]
     assert content['selection']['criterion'] == 'AP' and 'duplicate' in content['errors']['baseline']['dAP']

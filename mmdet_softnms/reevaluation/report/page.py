@@ -20,6 +20,7 @@ from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report import why
+from mmdet_softnms.reevaluation.report.export_table import by_rule, to_csv, to_latex
 from mmdet_softnms.reevaluation.report.figures import (
     Plot,
     class_plot,
@@ -31,7 +32,6 @@ from mmdet_softnms.reevaluation.report.figures import (
 from mmdet_softnms.reevaluation.report.pictures import KINDS, PICTURE_SCORE_THR, Picture, draw_pictures
 from mmdet_softnms.reevaluation.report.table import (
     ALL_COLUMNS,
-    SHARES,
     baseline_row,
     best_row,
     cell,
@@ -40,6 +40,7 @@ from mmdet_softnms.reevaluation.report.table import (
     interval_cells,
     notes,
 )
+from mmdet_softnms.reevaluation.report.verdict import verdict_of
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.settings import varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
@@ -127,7 +128,7 @@ def write_report(
         short=[shown[number] for number in short],
         caption=_caption(rows),
         notes=notes(result),
-        downloads=_downloads(result, selection, baseline, best),
+        downloads=_downloads(result, selection, baseline, best, title),
         selection=selection_words,
         errors=_errors(result) if result.errors else None,
         criterion=selection.criterion if selection else 'AP',
@@ -151,28 +152,11 @@ def write_report(
     return paths
 
 
-def verdict_of(selection: Selection, rows: Sequence[Row]) -> tuple[str, Row]:
-    """What a selection comes to in one sentence, and the row whose setting is to be used.
-
-    Only a difference from hard NMS whose interval leaves zero out is a reason to change anything.
-    """
-    worth, chosen = selection.procedure, rows[selection.chosen]
-    hard = baseline_row(chosen, rows) or rows[0]
-    interval = f'[{100 * worth.low:+.2f}, {100 * worth.high:+.2f}]'
-    gain = f'{100 * (worth.value - worth.baseline):+.2f} {selection.criterion} {interval}'
-    if chosen is hard:
-        return 'Keep hard NMS: no other setting scores better', hard
-    if worth.high < 0:
-        return f'Keep hard NMS: tuned suppression is worse, {gain}', hard
-    if not worth.significant:
-        return f'Keep hard NMS: no significant difference, {gain}', hard
-    return f'Use {full_label(chosen, rows)}: {gain}', chosen
-
-
 def _verdict(result: Reevaluation, selection: Selection | None, cfg: Config | None) -> dict[str, Any]:
     rows = result.rows
     if selection is not None:
-        sentence, row = verdict_of(selection, rows)
+        verdict = verdict_of(selection, rows)
+        sentence, row = verdict.sentence[0].upper() + verdict.sentence[1:], rows[verdict.row]
         details = (
             f'Chosen by {selection.criterion} on {selection.tuned_on}, scored on images it was not chosen on; 95 % '
             f'interval of the whole procedure over {selection.resamples} paired bootstrap resamples of images.'
@@ -310,7 +294,9 @@ def _about(result: Reevaluation, command: str, checkpoint: str) -> list[tuple[st
     ]
 
 
-def _downloads(result: Reevaluation, selection: Selection | None, baseline: Row, best: Row) -> list[dict[str, str]]:
+def _downloads(
+    result: Reevaluation, selection: Selection | None, baseline: Row, best: Row, title: str
+) -> list[dict[str, str]]:
     rows = result.rows
     classes = io.StringIO()
     writer = csv.DictWriter(classes, ('name', 'objects', 'before', 'after', 'gain'))
@@ -324,8 +310,8 @@ def _downloads(result: Reevaluation, selection: Selection | None, baseline: Row,
         selection=selection.to_dict() if selection else None,
     )
     texts = {
-        'rows.csv': ('text/csv', csv_text(rows)),
-        'rows.tex': ('application/x-tex', latex_text(rows)),
+        'rows.csv': ('text/csv', to_csv(by_rule(result, selection, title, paper=False))),
+        'rows.tex': ('application/x-tex', to_latex(by_rule(result, selection, title, paper=True))),
         'rows.json': ('application/json', json.dumps(content, indent=1, default=repr)),
         'classes.csv': ('text/csv', classes.getvalue()),
     }
@@ -333,50 +319,6 @@ def _downloads(result: Reevaluation, selection: Selection | None, baseline: Row,
         dict(name=name, url=f'data:{kind};base64,{base64.b64encode(text.encode(errors="backslashreplace")).decode()}')
         for name, (kind, text) in texts.items()
     ]
-
-
-def csv_text(rows: Sequence[Row]) -> str:
-    """The rows as CSV: rule, thresholds, and each metric with its difference from the baseline; shares in %."""
-    metrics = columns_of(rows, ALL_COLUMNS)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator='\n')
-    heading = [heading for metric in metrics for heading in (metric, f'{metric} difference')]
-    writer.writerow(['rule', 'score_thr', 'max_per_img', *heading])
-    for row in rows:
-        values: list[Any] = []
-        for metric in metrics:
-            value, difference = _numbers(row, baseline_row(row, rows), metric)
-            values += [value, difference]
-        writer.writerow([row.setting.label, row.params['score_thr'], row.params['max_per_img'], *values])
-    return out.getvalue()
-
-
-def latex_text(rows: Sequence[Row]) -> str:
-    """The rows as a LaTeX table; it needs ``\\usepackage{booktabs}``."""
-    metrics = [one for one in ('AP', 'AP50', 'AP75', 'AR100') if one in columns_of(rows, ALL_COLUMNS)]
-    lines = [r'\begin{tabular}{l' + 'rr' * len(metrics) + '}', r'\toprule']
-    lines.append(' & '.join(['rule', *(rf'\multicolumn{{2}}{{c}}{{{metric}}}' for metric in metrics)]) + r' \\')
-    lines.append(r'\midrule')
-    for row in rows:
-        cells = [_tex(full_label(row, rows))]
-        for metric in metrics:
-            value, difference = _numbers(row, baseline_row(row, rows), metric)
-            cells += [value and f'{value:.2f}', difference and f'${difference:+.2f}$']
-        lines.append(' & '.join(map(str, cells)) + r' \\')
-    return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}', ''])
-
-
-def _numbers(row: Row, baseline: Row | None, metric: str) -> tuple[Any, Any]:
-    """A metric and its difference from the baseline; '' where there is none."""
-    value, factor = row.metrics[metric], 100 if metric in SHARES else 1
-    if value == -1:
-        return '', ''
-    return factor * value, '' if baseline is None or baseline is row else factor * (value - baseline.metrics[metric])
-
-
-def _tex(text: str) -> str:
-    special = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
-    return re.sub(r'[\\~^&%$#_{}]', lambda one: special.get(one[0], '\\' + one[0]), text)
 
 
 def markdown(
