@@ -295,9 +295,7 @@ def _selection(
     # One candidate more that is never selected: no reduction ever meets an empty tensor.
     boxes = graph('Concat', boxes, graph.constant(np.zeros((1, 4))), axis=0)
     scores = graph('Concat', scores, graph.constant([_GONE]), axis=0)
-    labels, groups = (
-        graph('Concat', one, graph.constant([-1], np.int64), axis=0) for one in (labels, groups)
-    )
+    labels, groups = (graph('Concat', one, graph.constant([-1], np.int64), axis=0) for one in (labels, groups))
     least, gone = graph.constant(max(arguments['min_score'], 0.0)), graph.constant(_GONE)
     current = graph('Where', graph('Less', scores, least), gone, scores)
     count = graph('Shape', scores)
@@ -331,7 +329,7 @@ def _voted(
     labels: str,
     areas: str,
 ) -> str:
-    """(M, 4) boxes after the votes of all candidates; IoUs as (M, N) tables, float32 (to about 1e-6 of a coordinate)."""
+    """(M, 4) boxes after the votes of all candidates, to about 1e-6 of a coordinate; IoUs are (M, N) tables."""
     zero, one = graph.constant(0.0), graph.constant(1.0)
     columns, rows = graph.constant([1], np.int64), graph.constant([0], np.int64)
     chosen = graph('Gather', boxes, keep)
@@ -354,7 +352,9 @@ def _voted(
     # A candidate that is not one (a score of -1) has no vote.
     counts = graph('And', counts, graph('Unsqueeze', graph('Greater', scores, zero), rows))
     apart = graph('Sub', one, graph('Div', inside, graph('Where', counts, union, one)))
-    near = graph('Exp', graph('Neg', graph('Div', graph('Mul', apart, apart), graph.constant(rule.params['tolerance']))))
+    near = graph(
+        'Exp', graph('Neg', graph('Div', graph('Mul', apart, apart), graph.constant(rule.params['tolerance'])))
+    )
     weights_ = graph('Where', counts, graph('Mul', near, graph('Unsqueeze', scores, rows)), zero)
     sums = graph('ReduceSum', weights_, columns, keepdims=1)
     some = graph('Greater', sums, zero)

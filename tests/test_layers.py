@@ -23,6 +23,7 @@ ops._batch
 ops._voting
 ops .
 rules
+paper_rules
 registry
 post_process
 checkpoint export

@@ -8,8 +8,8 @@ IoUs are computed at once, and in two dimensions large boxes lie in many cells.
 
 Sums are in float64 and in input order: windows are put back into that order first.
 
-Names: ``columns`` (5, size): x1, y1, x2, y2 and area of a class's members; ``reach`` (size,): the largest x2 up to each,
-``order`` (size,): the place of each among the members in input order; both only where they lie by their left edge.
+Names: ``columns`` (5, size): x1, y1, x2, y2 and area of a class's members; ``reach`` (size,): the largest x2 up to
+each, ``order`` (size,): the place of each among the members in input order; both only where they lie by the left edge.
 ``by_left`` (N,): all candidates by their left edge, or nothing where that was not worth it (:func:`by_left_edge`).
 """
 
@@ -140,7 +140,14 @@ def _overlapping(  # type: ignore[no-untyped-def]
 
 @_compiled(
     lambda real: types.void(
-        real[:, ::1], real[::1], types.int64[::1], types.int64, types.int64[::1], types.int64[::1], types.float64, real,
+        real[:, ::1],
+        real[::1],
+        types.int64[::1],
+        types.int64,
+        types.int64[::1],
+        types.int64[::1],
+        types.float64,
+        real,
         real[:, ::1],
     )
 )
@@ -202,7 +209,14 @@ def vote(boxes, scores, labels, num_classes, by_left, keep, tolerance, offset, v
 
 @_compiled(
     lambda real: types.void(
-        real[:, ::1], real[::1], types.int64[::1], types.int64, types.int64[::1], types.float64, real, types.float64[::1]
+        real[:, ::1],
+        real[::1],
+        types.int64[::1],
+        types.int64,
+        types.int64[::1],
+        types.float64,
+        real,
+        types.float64[::1],
     )
 )
 def support(boxes, scores, labels, num_classes, by_left, power, offset, sums):  # type: ignore[no-untyped-def]

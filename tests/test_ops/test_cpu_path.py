@@ -139,7 +139,7 @@ def runs_beside_others(kernel: Callable[..., int]) -> bool:
     def work() -> None:
         about_to_call.set()
         for _ in range(8):
-            kernel(boxes, scores, labels, 1, 0.0, 0.5, zero, zero, keep, kept)
+            kernel(boxes, scores, scores, labels, 1, 0.0, 0.5, zero, zero, keep, kept)
         returned.set()
 
     thread = threading.Thread(target=work)

@@ -152,6 +152,8 @@ def test_long_segments_change_chunks_often(runner: Runner, method: str, layout: 
         assert_same(trim(run(runner, boxes, scores, method=method, chunk=4)), expected)
         first = expected[0][:9], expected[1][:9]
         assert_same(trim(run(runner, boxes, scores, method=method, chunk=4, max_num=9)), first)
+        expected = reference(boxes, scores, method=method, decay='strongest')
+        assert_same(trim(run(runner, boxes, scores, method=method, decay='strongest', chunk=4)), expected)
 
 
 @pytest.mark.parametrize('dtype', FLOATS)
@@ -394,13 +396,15 @@ def instructions(ptx: str, kind: str) -> set[str]:
 
 @pytest.mark.parametrize('capability', [80, 90])
 @pytest.mark.parametrize('floating', ['fp32', 'fp64'])
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+    ('method', 'strongest'), [*((method, False) for method in METHODS), ('linear', True), ('gaussian', True)]
+)
 def test_compiles_without_fusion_and_with_exact_division(
-    compiler: ProcessPoolExecutor, capability: int, floating: str, method: str
+    compiler: ProcessPoolExecutor, capability: int, floating: str, method: str, strongest: bool
 ) -> None:
     """Down to machine code, by Triton's own assembler; only a run on a GPU shows more."""
     worker = 'tests.test_ops.triton_worker'
-    ptx = triton_worker.call(compiler, worker, 'compile_for', capability, floating, method, 64, False)
+    ptx = triton_worker.call(compiler, worker, 'compile_for', capability, floating, method, 64, False, strongest)
     divisions = {f'div.rn.{BITS[floating]}'} | ({'div.rn.f64'} if method == 'gaussian' else set())
     assert instructions(ptx, 'div') == divisions
     # float64's exp is libdevice's, which is written in multiply-adds; nothing else may have any.

@@ -1,4 +1,4 @@
-"""Votes, support and the order by support against their definitions; the kernel, plain PyTorch, gradients, compilers."""
+"""Votes, support and the order by it against their definitions; the kernel, plain PyTorch, gradients, compilers."""
 
 import math
 from typing import Any

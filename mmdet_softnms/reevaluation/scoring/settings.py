@@ -189,14 +189,14 @@ def sweep_settings(
     Class-agnostic rules are a group with a baseline of their own.
 
     Args:
-        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
-            the path of a YAML file, or one of the presets in grid.py. VALUES are ``first:last:step`` with both ends, or a list with commas. All
-            parameters of one rule are crossed with each other; different rules are not; the three thresholds are
-            crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's
-            ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, ``iou_threshold`` sweeps the linear one and
-            ``sigma`` the gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (the default), its parameters
-            ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
-            and the thresholds.
+        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``, the
+            path of a YAML file, or the name of a preset (grid.py). VALUES are ``first:last:step`` with both ends, or a
+            list with commas. All parameters of one rule are crossed with each other; different rules are not; the three
+            thresholds are crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``,
+            ``package.Rule``) or mmdet's ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, ``iou_threshold``
+            sweeps the linear one and ``sigma`` the gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (which
+            it is by default), its parameters ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of
+            ``{type: ..., parameter: VALUES or list, rule: {...}}``, and the thresholds.
         cfg: the user's config.
         score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
 
@@ -266,7 +266,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
             f'rules in {path} has to be a list of {{type: SoftNMS, sigma: 0.1:1.0:0.1}}, got {rules!r:.80}'
         )
     for entry in rules:
-        if not isinstance(entry, dict) or not all(isinstance(one, str) for one in (entry.get('type'), *flattened(entry))):
+        if not isinstance(entry, dict) or not all(
+            isinstance(one, str) for one in (entry.get('type'), *flattened(entry))
+        ):
             raise ReevaluationError(
                 f'{entry!r:.80} in {path} is not a rule; write {{type: SoftNMS, sigma: 0.1:1.0:0.1}}'
             )
