@@ -21,7 +21,7 @@ from numba import types
 
 from mmdet_softnms.ops._cpu import _compiled, _exp
 
-_WORTH_SORTING = 256  # members of a class, and a sixteenth as many questions about them
+_WORTH_SORTING = 256  # members of a class, and a question about them for 128 of them
 _BLOCK = 64  # members of whom it is noted together whether there is a hit among them
 
 _shared = numba.njit(nogil=True, error_model='numpy')  # compiled once, for both kernels
@@ -48,7 +48,7 @@ def _by_class(labels, num_classes, wanted):  # type: ignore[no-untyped-def]
 def by_left_edge(boxes: Any, num_classes: int, questions: int) -> Any:
     """``by_left`` for a number of questions about (N, 4) boxes."""
     num_boxes = len(boxes)
-    if num_boxes < _WORTH_SORTING * min(num_classes, 4) or 16 * questions < num_boxes:
+    if num_boxes < _WORTH_SORTING * num_classes or 128 * questions < num_boxes:
         return np.empty(0, np.int64)
     return np.argsort(boxes[:, 0])
 
@@ -173,7 +173,7 @@ def vote(boxes, scores, labels, num_classes, by_left, keep, tolerance, offset, v
         if wanted[c] == 0:
             continue
         start, size = starts[c], starts[c + 1] - starts[c]
-        by_edge = len(by_left) > 0 and size >= _WORTH_SORTING and 16 * wanted[c] >= size
+        by_edge = len(by_left) > 0 and size >= _WORTH_SORTING and 128 * wanted[c] >= size
         places = order[start : start + size]
         _lay_out(boxes, members[start : start + size], offset, by_edge, columns, reach, places)
         for at in range(of_class[c], of_class[c + 1]):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _arguments, _cpu, _dispatch, _reference, _triton, batched_soft_nms
+from mmdet_softnms.ops import _arguments, _dispatch, _eager, _reference, _triton, batched_soft_nms
 from tests.test_ops import triton_worker
 from tests.test_ops.test_soft_nms import (
     DEFAULTS,
@@ -481,7 +481,7 @@ def test_triton_that_does_not_work_is_worth_one_warning(pretend_gpu: pytest.Monk
 
 
 def test_every_device_gets_its_path(pretend_gpu: pytest.MonkeyPatch) -> None:
-    assert _dispatch.path(torch.device('cpu')) is _cpu
+    assert _dispatch.path(torch.device('cpu')) is _eager
     assert _dispatch.path(CUDA) is _triton
     assert _dispatch.path(torch.device('xpu')) is _reference
     pretend_gpu.setattr(_triton, '_version', lambda: ())
