@@ -6,7 +6,7 @@ by their left edge (``_neighbours.py``), a selection finds the window of those t
 Decays come in selection order, with the same roundings, and what is outside of the window has an IoU of 0 and a weight
 of 1: the same bits. The heap is the lazy one: scores only fall, so a score that has fallen since is put back.
 
-Candidates that are done with stay in the windows until they are half of all; then the rest move together.
+Candidates that are done with stay in the windows until they are an eighth of all; then the rest move together.
 
 Names, all by place in the layout: ``columns`` (5, N), ``reach`` (N,) as in ``_neighbours.py``; ``who`` (N,): input
 index; ``live`` (N,): current score, -1 where the candidate is out; ``nearest`` (N,): largest IoU with a selected box.
@@ -107,7 +107,7 @@ def _selection(weight: weights.Weight, strongest: bool) -> Callable[..., Any]:
         who, place_of = np.empty(num_boxes, np.int64), np.full(num_boxes, -1, np.int64)
         live, nearest = np.empty(num_boxes, scores.dtype), np.zeros(num_boxes if strongest else 0, boxes.dtype)
         starts = np.zeros(num_classes + 1, np.int64)
-        ious, hits = np.empty(num_boxes, boxes.dtype), np.empty(num_boxes + 1, np.int64)
+        ious, hits = np.empty(num_boxes, boxes.dtype), np.empty(num_boxes + 1, np.int32)
         hit_ious, factors = np.zeros(num_boxes + _LANES, boxes.dtype), np.zeros(num_boxes + _LANES, boxes.dtype)
         threshold = real(iou_threshold) if has_threshold else zero  # an IoU has to be above it to matter
         is_double = boxes.itemsize == 8
@@ -159,11 +159,12 @@ def _selection(weight: weights.Weight, strongest: bool) -> Callable[..., Any]:
                 intersection = width * height
                 union = area + columns[4, k] - intersection
                 quotient = intersection / union
-                ious[k] = quotient if (width > zero) & (height > zero) & (union > zero) else zero
+                counts = (width > zero) & (height > zero) & (union > zero) & (live[k] >= zero)
+                ious[k] = quotient if counts else zero
             found = 0
             for k in range(first, stop):
                 hits[found], hit_ious[found] = k, ious[k]
-                found += 1 if (ious[k] > threshold) & (live[k] >= zero) else 0
+                found += np.int64(ious[k] > threshold)
             if strongest:
                 nearer = 0
                 for n in range(found):
@@ -192,7 +193,7 @@ def _selection(weight: weights.Weight, strongest: bool) -> Callable[..., Any]:
                     alive -= 1
                 live[k] = left
 
-            if 2 * alive < in_layout and in_layout > 64:
+            if 8 * alive < 7 * in_layout and in_layout > 64:
                 size, k, before = 0, 0, 0
                 for c in range(num_classes):
                     stop = starts[c + 1]
