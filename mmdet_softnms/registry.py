@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from mmdet_softnms import paper_rules
 from mmdet_softnms.files import did_you_mean
 from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS, SupportedNMS, VotedNMS
 
@@ -51,7 +52,22 @@ DATA_SAMPLERS = Registry(
     scope='mmdet_softnms',
     locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )
-for _rule in (SoftNMS, HardNMS, VotedNMS, SupportedNMS, NoSuppression, MmcvNMS):
+_RULES: tuple[type, ...] = (
+    SoftNMS,
+    HardNMS,
+    VotedNMS,
+    SupportedNMS,
+    NoSuppression,
+    MmcvNMS,
+    paper_rules.MatrixNMS,
+    paper_rules.ClusterNMS,
+    paper_rules.FastNMS,
+    paper_rules.DIoUNMS,
+    paper_rules.GidarisNMS,
+    paper_rules.WeightedBoxesFusion,
+    paper_rules.NonMaximumWeighted,
+)
+for _rule in _RULES:
     TASK_UTILS.register_module(module=_rule)
 
 

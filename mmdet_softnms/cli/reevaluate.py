@@ -109,7 +109,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
 def sweep(text: str) -> str:
     """A grid as it was given, if it can be read; whether the rule exists is seen later."""
     try:
-        read = [read_spec(one) for one in expanded([text])][0]
+        read = next(read_spec(one) for one in expanded([text]))
     except ReevaluationError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if isinstance(read, Path) and not read.is_file():

@@ -195,15 +195,15 @@ def sweep_settings(
     Class-agnostic rules are a group with a baseline of their own.
 
     Args:
-        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
-            the path of a YAML file, or one of the presets in grid.py. VALUES are ``first:last:step`` with both ends, or a list with commas. All
-            parameters of one rule are crossed with each other; different rules are not; the three thresholds are
-            crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's
-            ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, a parameter sweeps the first rule of
-            :data:`mmdet_softnms.ops.weights.WEIGHTS` that takes it: ``iou_threshold`` the linear one, ``sigma`` the
-            gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (the default), its parameters
-            ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
-            and the thresholds.
+        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``, the
+            path of a YAML file, or the name of a preset (grid.py). VALUES are ``first:last:step`` with both ends, or a
+            list with commas. All parameters of one rule are crossed with each other; different rules are not; the three
+            thresholds are crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``,
+            ``package.Rule``) or mmdet's ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, a parameter
+            sweeps the first rule of :data:`mmdet_softnms.ops.weights.WEIGHTS` that takes it: ``iou_threshold`` the
+            linear one, ``sigma`` the gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (which
+            it is by default), its parameters ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of
+            ``{type: ..., parameter: VALUES or list, rule: {...}}``, and the thresholds.
         cfg: the user's config.
         score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
 
