@@ -30,7 +30,13 @@ MODELS = Registry(
     'model',
     parent=root.MODELS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.models.roi_heads', 'mmdet_softnms.models.rfcn', 'mmdet_softnms.models.caffe'],
+    locations=[
+        'mmdet_softnms.models.roi_heads',
+        'mmdet_softnms.models.dense_heads',
+        'mmdet_softnms.models.tta',
+        'mmdet_softnms.models.rfcn',
+        'mmdet_softnms.models.caffe',
+    ],
 )
 TASK_UTILS = Registry(
     'task util', parent=root.TASK_UTILS, scope='mmdet_softnms', locations=['mmdet_softnms.models.caffe']
@@ -201,7 +207,7 @@ def _registered() -> dict[str, list[str]]:
 
 
 def build_rule(nms_cfg: Mapping[str, Any]) -> Rule:
-    """Build the rule that ``test_cfg.rcnn.nms`` names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
+    """Build the rule that ``nms`` of a test_cfg names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
 
     Raises:
         TypeError: an argument the rule does not have (often a key inherited from a base config: the message says how
@@ -219,7 +225,7 @@ def build_rule(nms_cfg: Mapping[str, Any]) -> Rule:
         rule: Rule = cls(**arguments)
     except TypeError as error:
         raise TypeError(
-            f'test_cfg.rcnn.nms = {dict(nms_cfg)} does not fit its rule: {error}. Keys of the base config are merged '
+            f'nms = {dict(nms_cfg)} of test_cfg does not fit its rule: {error}. Keys of the base config are merged '
             'in unless the dict says _delete_=True.'
         ) from error
     if not callable(rule):
