@@ -74,6 +74,9 @@ class SoftNMSDenseMixin(TakesRules):
         self._reached = True
         rule = self.rule_of(cfg) if with_nms else None
         if rule is not None:
+            # Where there is a min_bbox_size, mmdet drops these without a word.
+            if lost := int((~get_box_tensor(results.bboxes).isfinite().all(dim=1)).sum()):
+                self.warn_of_dropped([img_meta], [lost])
             results = self._with_class_scores(results, rule)
         results = super()._bbox_post_process(  # type: ignore[misc]
             results=results, cfg=cfg, rescale=rescale, with_nms=with_nms and rule is None, img_meta=img_meta
@@ -236,6 +239,18 @@ def why_not(head: Any) -> str:
         return f'{start}it is not a dense head of mmdet (a subclass of its BaseDenseHead)'
     if not issubclass(head, SoftNMSDenseMixin) and not _ends_in_a_seam(head):
         return f'{start}its _bbox_post_process is not that of BaseDenseHead or YOLOXHead, and suppresses in its own way'
+    return ''
+
+
+def why_not_stored(head: type) -> str:
+    """Why candidates of a head that takes rules cannot stand for those of other thresholds; empty where they can."""
+    start = f'{head.__name__} takes rules, but cannot be re-evaluated: '
+    if issubclass(head, mmdets.CornerHead):
+        return f'{start}it ignores score_thr, which the rows of a re-evaluation have in common'
+    if issubclass(head, mmdets.CondInstBboxHead):
+        return f'{start}its mask head would run for every candidate'
+    if issubclass(head, mmdets.ATSSVLFusionHead):
+        return f'{start}it hides the class score, which score_thr refers to'
     return ''
 
 

@@ -37,7 +37,13 @@ from mmdet_softnms.reevaluation.candidates.fingerprint import (
 )
 from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.images import ImageReader
-from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, family_of, plug
+from mmdet_softnms.reevaluation.candidates.plug import (
+    MASK_PREFIXES,
+    check_classes,
+    family_of,
+    most_candidates,
+    plug,
+)
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected, ImageCandidates, find_stores
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
@@ -46,6 +52,7 @@ from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
 #: set has 16 shards, so that several processes have something to do each.
 SHARD_SIZE = 64
 _FEWEST_SHARDS = 16
+_SHARD_ROWS = 4_000_000  # candidates a shard, at most: 150 MB of memory
 _run_numbers = itertools.count()
 
 
@@ -97,6 +104,10 @@ class CandidateCollector(BaseMetric):
                 scores=instances['scores'].detach().cpu().float(),
                 labels=instances['labels'].detach().cpu(),
             )
+            if 'class_scores' in instances:
+                candidates.class_scores = instances['class_scores'].detach().cpu().float()
+            if 'views' in instances:
+                candidates.views = instances['views'].detach().cpu()
             if not (candidates.bboxes.isfinite().all() and candidates.scores.isfinite().all()):
                 raise not_finite(sample)
             height, width = sample['ori_shape'][:2]
@@ -175,7 +186,8 @@ def collect(
         OSError: the store cannot be written; finished shards stay, and the next run takes them up.
     """
     dataset = build_test_set(cfg) if dataset is None else dataset
-    shard_size = shard_size or min(SHARD_SIZE, -(-len(dataset) // _FEWEST_SHARDS))
+    most = most_candidates(cfg)
+    shard_size = shard_size or min(SHARD_SIZE, -(-len(dataset) // _FEWEST_SHARDS), max(1, _SHARD_ROWS // (most or 1)))
     expected = Expected.of(dataset)
     plan: list[Any] = [None]
     if get_dist_info()[0] == 0:
@@ -184,6 +196,11 @@ def collect(
         )
         for line in lines:
             say(line)
+        if shards and most:
+            say(
+                f'at most {most:,} candidates an image (nms_pre of each level), so {len(dataset):,} images take up to '
+                f'{25 * most * len(dataset) / 1e9:.2g} GB; less where scores do not exceed {score_floor:g}'
+            )
         plan = [(str(store.folder), shards)]
     broadcast_object_list(plan)
     store_folder, shards = plan[0]
@@ -323,7 +340,7 @@ def _forward(
 
 
 def _refuse_values_that_are_not_finite(model: Any) -> None:
-    """Stop at the first image for which the RPN gives NaN: mmdet drops such proposals without a word.
+    """Stop at the first image for which the RPN or a dense head gives NaN: mmdet drops such boxes without a word.
 
     What the RoI head makes of NaN is seen by :class:`CandidateCollector`.
     """
@@ -340,8 +357,9 @@ def _refuse_values_that_are_not_finite(model: Any) -> None:
                     raise not_finite(batch[number].metainfo if number < len(batch) else {})
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    if getattr(model, 'rpn_head', None) is not None:
-        model.rpn_head.register_forward_hook(look)
+    for name in ('rpn_head', 'bbox_head'):  # a RoI head's bbox_head is not the model's
+        if isinstance(head := getattr(model, name, None), torch.nn.Module):
+            head.register_forward_hook(look)
 
 
 def not_finite(image: Mapping[str, Any]) -> ReevaluationError:

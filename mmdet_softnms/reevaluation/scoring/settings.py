@@ -17,7 +17,7 @@ import torch
 from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
+from mmdet_softnms.reevaluation.candidates.plug import family_of, family_of_head
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
@@ -88,10 +88,12 @@ class Setting:
         kind = self.name if isinstance(self.rule, MmcvNMS) else resolve(type(self.rule), TASK_UTILS).type
         arguments = {name: value for name, value in self.rule.params.items() if not (name == 'offset' and value == 0)}
         nms = ', '.join([f'type={kind!r}', *(f'{name}={value!r}' for name, value in arguments.items())])
+        family = family_of_head(written['type'])
+        opening, closing = (f'{family.key}=dict(', ')') if family.key else ('', '')
         return (
-            f'model = dict(\n    {ROI_HEADS.part}=dict({head_arguments}),\n'
-            f'    test_cfg=dict({ROI_HEADS.key}=dict('
-            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
+            f'model = dict(\n    {family.part}=dict({head_arguments}),\n    test_cfg=dict({opening}'
+            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms})'
+            f'{closing}))'
         )
 
 
@@ -131,7 +133,7 @@ def default_settings(
     ``class_agnostic``: boxes of different classes suppress each other in every row but the config's.
 
     Raises:
-        ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
+        ReevaluationError: a threshold is out of range, or the thresholds of the config are unusable.
     """
     check_thresholds(score_thr, max_per_img)
     rules: list[Rule] = [_baseline(class_agnostic), *_default_soft_rules(min_score, class_agnostic)]
@@ -142,13 +144,17 @@ def own_setting(cfg: Config) -> Setting:
     """The config's own setting.
 
     Raises:
-        ReevaluationError: ``test_cfg.rcnn`` of the config is unusable.
+        ReevaluationError: the thresholds of the config are unusable.
     """
+    family = family_of(cfg)
     try:
-        own = ROI_HEADS.test_cfg(cfg)
-        return Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
+        own = family.test_cfg(cfg)
+        if not family.key:  # what mmdet's dense heads take where nothing is written; YOLOX has no max_per_img
+            own = dict(score_thr=0.0, max_per_img=-1) | own
+        return Setting(build_rule(own['nms']), own['score_thr'], own['max_per_img'], source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReevaluationError(f"the config's own suppression (test_cfg.rcnn) cannot be used: {error}") from error
+        place = family.place.removeprefix('model.')
+        raise ReevaluationError(f"the config's own suppression ({place}) cannot be used: {error}") from error
 
 
 def _baseline(class_agnostic: bool) -> HardNMS:
