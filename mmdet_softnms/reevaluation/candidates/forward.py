@@ -21,7 +21,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info, init_dist, is_distributed
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -316,6 +316,7 @@ def _forward(
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model.module if isinstance(model, BaseTTAModel) else model
         check_classes(model, cfg, runner)
         family_of(cfg).leave_out_unused(model)
         # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.

@@ -18,6 +18,7 @@ from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.models import dense_heads, roi_heads
 from mmdet_softnms.models.places import check_places, class_of
 from mmdet_softnms.models.takes_rules import TakesRules, plain_of
+from mmdet_softnms.reevaluation.candidates.views import wrapped
 from mmdet_softnms.registry import default_scope_of, resolve
 
 
@@ -163,6 +164,8 @@ def plug(cfg: Config, score_floor: float) -> Config:
     thresholds.score_thr, thresholds.max_per_img = score_floor, -1
     thresholds.nms = ConfigDict(type='mmdet_softnms.NoSuppression')  # assigned, since ConfigDict.update merges
     cfg.default_scope = default_scope_of(cfg)
+    if cfg.get('views'):
+        cfg.model = wrapped(cfg.model)
     return cfg
 
 

@@ -98,6 +98,30 @@ class Candidates(Sequence[ImageCandidates]):
         """Candidates of all images together."""
         return len(self.scores)
 
+    def of_views(self, views: Sequence[int]) -> 'Candidates':
+        """Candidates of some views only, in the order they are in; of no view in particular: of all.
+
+        Raises:
+            ReevaluationError: there are no such views.
+        """
+        if not views:
+            return self
+        have = self.extras.get('views', np.zeros(0, np.int64))
+        if missing := sorted(set(views) - set(np.unique(have).tolist())):
+            known = ', '.join(map(str, np.unique(have).tolist())) or 'none: candidates of one scale have no views'
+            raise ReevaluationError(f'no candidate is of view {missing[0]}; stored are {known}')
+        chosen = np.isin(have, views)
+        counts = np.add.reduceat(np.append(chosen, 0), self.offsets[:-1]) * (np.diff(self.offsets) > 0)
+        return Candidates(
+            self.img_ids,
+            self.shapes,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.bboxes[chosen],
+            self.scores[chosen],
+            self.labels[chosen],
+            {name: values[chosen] for name, values in self.extras.items()},
+        )
+
     @classmethod
     def of(cls, images: Sequence[ImageCandidates]) -> 'Candidates':
         """Lay the candidates of single images end to end."""

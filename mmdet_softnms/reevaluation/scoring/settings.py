@@ -151,6 +151,8 @@ def own_setting(cfg: Config) -> Setting:
         own = family.test_cfg(cfg)
         if not family.key:  # what mmdet's dense heads take where nothing is written; YOLOX has no max_per_img
             own = dict(score_thr=0.0, max_per_img=-1) | own
+        if cfg.get('views'):
+            own = {'score_thr': own['score_thr'], 'max_per_img': -1} | cfg.tta_model.tta_cfg
         return Setting(build_rule(own['nms']), own['score_thr'], own['max_per_img'], source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         place = family.place.removeprefix('model.')
