@@ -140,7 +140,7 @@ def read(name: str | Path, *, map_location: Any = 'cpu', trust: bool = False) ->
         except Exception as error:  # a damaged pickle may raise anything
             raise _explained(path, error, trust) from error
     except CheckpointError as error:
-        if 'fetch it again' in str(error) and forget_fetched(name):
+        if 'fetch it again' in str(error) and forget_fetched(path):
             raise CheckpointError(f'{name} gave no checkpoint: {error} (run again to do so)') from error
         raise
 

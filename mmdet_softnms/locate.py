@@ -122,20 +122,23 @@ def local_checkpoint(name: str | Path, *, trust: bool = False, say: Callable[[st
     raise CheckpointError(f'checkpoint {name} does not exist; download it or correct the path')
 
 
-def forget_fetched(name: str | Path) -> bool:
-    """Throw away what was fetched from a URL, where it turned out to be no checkpoint; whether there was a file."""
-    place = _place(str(name))
-    was_there = str(name).startswith(_URLS) and place.is_file()
-    if was_there:
-        place.unlink()
-    return was_there
+def forget_fetched(path: Path) -> bool:
+    """Throw a file away if it was fetched, since it turned out to be no checkpoint; whether it was."""
+    was_fetched = path.is_file() and path.is_relative_to(_fetched())
+    if was_fetched:
+        path.unlink()
+    return was_fetched
+
+
+def _fetched() -> Path:
+    return Path(torch.hub.get_dir()) / 'mmdet_softnms'
 
 
 def _place(url: str) -> Path:
     """By the whole URL: epoch_12.pth of two servers are two files, which torch's cache would take for one."""
     file = urllib.parse.unquote(urllib.parse.urlparse(url).path).rsplit('/', 1)[-1] or 'checkpoint.pth'
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return Path(torch.hub.get_dir()) / 'mmdet_softnms' / folder / file
+    return _fetched() / folder / file
 
 
 def _fetch(url: str, place: Path, say: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS
 
@@ -178,13 +178,44 @@ def _mmcv_function(name: str) -> Any:
     return getattr(importlib.import_module('mmcv.ops.nms'), name, None)
 
 
-def is_stock(nms_cfg: Mapping[str, Any]) -> bool:
-    """Whether ``nms`` of a test_cfg is mmdet's own business: no type, a name of mmcv's (``'nms'``), or a function.
+class _Misplaced:
+    """Stands where mmcv evaluates ``mmdet_softnms.SoftNMS``, in places that our heads do not see."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> '_Misplaced':
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return _Misplaced(f'{self._name}.{name}')
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            f"{self._name} cannot stand where mmdet takes mmcv's functions only: write type='nms' in rpn.nms (soft "
+            "proposals lose AP) and tta_model=dict(type='mmdet_softnms.SoftNMSTTAModel', ...) for test-time "
+            'augmentation; other rules belong in test_cfg.rcnn.nms, beside a RoI head that takes them, as '
+            "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead'), or in test_cfg.nms beside "
+            "bbox_head=dict(type='mmdet_softnms.SoftNMSDenseHead', head=...)"
+        )
+
+
+def explain_to_mmcv() -> None:
+    """Make one sentence of the ``NameError`` with which mmcv meets a rule in ``rpn.nms`` or ``tta_cfg.nms``.
+
+    mmcv's ``batched_nms`` evaluates ``nms.type`` among the names of its module. What works there works as before.
+    """
+    vars(importlib.import_module('mmcv.ops.nms')).setdefault(TASK_UTILS.scope, _Misplaced(TASK_UTILS.scope))
+
+
+def is_stock(nms_cfg: Mapping[str, Any] | None) -> bool:
+    """Whether ``nms`` of a test_cfg is mmdet's own business: None, no type, a name of mmcv's, or a function.
 
     Raises:
         NotRegisteredError: an unscoped name that mmcv does not know, a rule whose scope was forgotten, say.
         TypeError: it is no dict, or its type neither a name nor something that can be called.
     """
+    if nms_cfg is None:
+        return True
     kind = _kind_of(nms_cfg)
     if not isinstance(kind, str):
         return not inspect.isclass(kind) and _place_of(kind, TASK_UTILS.root) == (None, None)
@@ -206,14 +237,18 @@ def _registered() -> dict[str, list[str]]:
     return {TASK_UTILS.scope: list(TASK_UTILS.module_dict)} | others
 
 
-def build_rule(nms_cfg: Mapping[str, Any]) -> Rule:
+def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
     """Build the rule that ``nms`` of a test_cfg names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
+
+    None, which mmdet takes for no suppression, becomes one, too.
 
     Raises:
         TypeError: an argument the rule does not have (often a key inherited from a base config: the message says how
             to drop it), or a type that is not a rule.
         NotRegisteredError: no rule of that name is registered.
     """
+    if nms_cfg is None:
+        return MmcvNMS(None)
     kind = _kind_of(nms_cfg)
     arguments = {name: value for name, value in nms_cfg.items() if name != 'type'}
     if is_stock(nms_cfg):

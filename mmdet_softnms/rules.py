@@ -102,20 +102,22 @@ class MmcvNMS:
 
     Args:
         nms_type: the ``type`` of a stock ``test_cfg.rcnn.nms``: ``'nms'``, ``'soft_nms'``, or a function of that kind.
+            None: ``nms=None``, with which mmdet only sorts.
         **nms_cfg: the rest of it.
     """
 
-    def __init__(self, nms_type: str | Callable[..., Any] = 'nms', **nms_cfg: Any) -> None:
-        self.nms_type: str = nms_type if isinstance(nms_type, str) else getattr(nms_type, '__name__', str(nms_type))
+    def __init__(self, nms_type: str | Callable[..., Any] | None = 'nms', **nms_cfg: Any) -> None:
+        name = 'nms=None' if nms_type is None else nms_type
+        self.nms_type: str = name if isinstance(name, str) else getattr(name, '__name__', str(name))
         self.params = dict(nms_cfg)
-        self._nms_cfg = dict(type=nms_type, **nms_cfg)
+        self._nms_cfg = None if nms_type is None else dict(type=nms_type, **nms_cfg)
 
     def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, max_num: int) -> tuple[Tensor, Tensor]:
         from mmcv.ops import batched_nms
 
         if len(scores) == 0:  # mmdet's multiclass_nms does not reach batched_nms either
             return torch.empty(0, dtype=torch.int64, device=scores.device), scores
-        dets, keep = batched_nms(boxes, scores, labels, dict(self._nms_cfg))
+        dets, keep = batched_nms(boxes, scores, labels, self._nms_cfg)
         if max_num > 0:  # mmdet: 0 and -1 both mean no limit
             dets, keep = dets[:max_num], keep[:max_num]
         return keep, dets[:, -1]

@@ -4,8 +4,6 @@ import collections
 import datetime
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -29,8 +27,7 @@ from mmdet_softnms.checkpoint import (
     load_checkpoint,
     verify_loaded,
 )
-
-TOOLS = Path(__file__).parents[1] / 'tools'
+from tests.commands import run_tool
 
 
 class Evil:
@@ -105,13 +102,12 @@ def test_the_tools_do_not_run_it_either(tmp_path, script):
     torch.save({'state_dict': {'weight': torch.ones(1)}, 'meta': Evil()}, tmp_path / 'evil.pth')
     (tmp_path / 'config.py').write_text("model = dict(type='FasterRCNN', roi_head=dict(type='StandardRoIHead'))\n")
     arguments = ['config.py', 'evil.pth'] if script != 'train.py' else ['config.py', '--resume', 'evil.pth']
-    command = [sys.executable, str(TOOLS / script), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_tool(script, *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('error: checkpoint evil.pth holds more than weights')
     assert not (tmp_path / 'pwned').exists()
     if script == 'reevaluate.py':
-        subprocess.run([*command, '--trust-checkpoint'], cwd=tmp_path, capture_output=True, text=True)
+        run_tool(script, *arguments, '--trust-checkpoint', cwd=tmp_path)
         assert (tmp_path / 'pwned').exists()
 
 

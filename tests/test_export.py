@@ -1,7 +1,5 @@
 """Exported rules give in onnxruntime what the operator gives, also for the embedded detector."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from mmdet_softnms.export import (
 )
 from mmdet_softnms.post_process import post_process
 from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, SoftNMS, describe
+from tests.commands import run_tool
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / 'configs/demo/faster-rcnn_r18-w16_fpn_demo.py'
@@ -162,8 +161,7 @@ def test_tensorflows_sigma_is_half_of_the_papers():
 
 
 def _export(*arguments):
-    command = [sys.executable, str(ROOT / 'tools/export_onnx.py'), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return run_tool('export_onnx.py', *arguments, cwd=ROOT)
 
 
 def test_the_embedded_detector_end_to_end(tmp_path):

@@ -3,7 +3,6 @@
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from mmdet_softnms.reevaluation.candidates.forward import collect
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import HardNMS, MmcvNMS
+from tests.commands import TOOLS, run_tool
 from tests.tiny import plugged
 from tests.tiny_dataset import CLASSES, make_project
 
-TOOLS = Path(__file__).parents[1] / 'tools'
 GAUSSIAN = dict(type='mmdet_softnms.SoftNMS', method='gaussian', sigma=0.5, min_score=1e-3)
 
 
@@ -56,18 +55,13 @@ def test_init_detector_and_det_inferencer_agree(project):
     torch.testing.assert_close(torch.tensor(result['bboxes']), found.bboxes)
 
 
-def _run(script, *arguments, cwd):
-    command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
-
-
 def test_cfg_options_reach_the_rule(project, tmp_path):
     results = {}
     for sigma in (0.5, 0.1):
         out = tmp_path / f'{sigma}.pkl'
         option = f'model.test_cfg.rcnn.nms.sigma={sigma}'
         arguments = [project.root / 'soft.py', project.checkpoint, '--out', out, '--work-dir', tmp_path]
-        done = _run('test.py', *arguments, '--cfg-options', option, cwd=tmp_path)
+        done = run_tool('test.py', *arguments, '--cfg-options', option, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         results[sigma] = torch.cat([one['pred_instances']['scores'] for one in pickle.loads(out.read_bytes())])
     assert results[0.1].sum() < results[0.5].sum()  # a smaller sigma decays more
@@ -75,24 +69,24 @@ def test_cfg_options_reach_the_rule(project, tmp_path):
 
 def test_a_training_run_validates_with_the_rule_and_resumes(project, tmp_path):
     config, work_dir = project.root / 'soft.py', tmp_path / 'run'
-    done = _run('train.py', config, '--work-dir', work_dir, cwd=tmp_path)
+    done = run_tool('train.py', config, '--work-dir', work_dir, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'coco/bbox_mAP' in done.stdout + done.stderr
     (dumped,) = work_dir.glob('*/vis_data/config.py')
     assert Config.fromfile(dumped).model.test_cfg.rcnn.nms == GAUSSIAN
     # The checkpoint holds HistoryBuffers; mmengine 0.10.7 alone would refuse it, the maintained fork unpickle it.
     arguments = [config, '--work-dir', work_dir, '--resume', '--cfg-options', 'train_cfg.max_epochs=2']
-    done = _run('train.py', *arguments, cwd=tmp_path)
+    done = run_tool('train.py', *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (work_dir / 'epoch_2.pth').is_file()
     assert 'resumed epoch: 1' in done.stdout + done.stderr
 
 
 def test_scripts_of_mmdet_keep_their_flags():
-    done = _run('test.py', '--help', cwd=TOOLS)
+    done = run_tool('test.py', '--help', cwd=TOOLS)
     for flag in ('--work-dir', '--out', '--show-dir', '--wait-time', '--cfg-options', '--launcher', '--tta'):
         assert flag in done.stdout
-    done = _run('train.py', '--help', cwd=TOOLS)
+    done = run_tool('train.py', '--help', cwd=TOOLS)
     for flag in ('--work-dir', '--amp', '--auto-scale-lr', '--resume', '--cfg-options', '--launcher'):
         assert flag in done.stdout
 

@@ -13,7 +13,7 @@ PACKAGE = 'mmdet_softnms'
 LAYERS = """
 files yaml_file
 locate
-ops.weights
+ops.weights ops._compiled
 ops._arguments ops._derivative
 ops._reference ops._cpu ops._triton ops._triton_kernels
 ops._dispatch
@@ -26,7 +26,7 @@ registry
 post_process
 checkpoint export
 models detectron2
-roi_heads
+roi_heads export_detector
 reevaluation
 reevaluation.candidates
 reevaluation.scoring

@@ -2,13 +2,15 @@
 
 import mmdet.registry
 import pytest
-from mmcv.ops import nms, soft_nms
+import torch
+from mmcv.ops import batched_nms, nms, soft_nms
 from mmdet.models.roi_heads import StandardRoIHead
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import TASK_UTILS as ROOT_TASK_UTILS
 from mmengine.registry import DefaultScope, Registry
 
+from mmdet_softnms.models.roi_heads import SoftNMSRoIHead
 from mmdet_softnms.registry import TASK_UTILS, build_rule, is_stock, resolve
 from mmdet_softnms.rules import MmcvNMS, SoftNMS
 
@@ -71,3 +73,27 @@ def test_a_wrong_name_is_one_sentence(kind, words):
     with pytest.raises(KeyError, match=words) as raised:
         build_rule(dict(type=kind))
     assert '\n' not in str(raised.value)
+
+
+BOXES = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 7], [20, 20, 30, 30]])
+SCORES, LABELS = torch.tensor([0.3, 0.9, 0.6]), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize('kind', ['mmdet_softnms.SoftNMS', 'mmdet_softnms.rules.HardNMS'])
+def test_mmcv_says_where_a_rule_belongs(kind):
+    """Where none of our heads looks at ``nms.type``, but something of ours is imported: in ``rpn.nms``, say."""
+    assert issubclass(SoftNMSRoIHead, StandardRoIHead)  # imported
+    with pytest.raises(ValueError, match='cannot stand where mmdet takes.*rpn.nms.*SoftNMSTTAModel.*test_cfg.rcnn'):
+        batched_nms(BOXES, SCORES, LABELS, dict(type=kind, sigma=0.5))
+    with pytest.raises(NameError):
+        batched_nms(BOXES, SCORES, LABELS, dict(type='another_package.SoftNMS'))
+    assert batched_nms(BOXES, SCORES, LABELS, dict(type='nms', iou_threshold=0.5))[1].tolist() == [1, 2]
+
+
+def test_nms_none_only_sorts_as_in_mmdet():
+    assert is_stock(None)
+    rule = build_rule(None)
+    dets, order = batched_nms(BOXES, SCORES, LABELS, None)
+    keep, scores = rule(BOXES, SCORES, LABELS, -1)
+    assert keep.tolist() == order.tolist() == [1, 2, 0] and scores.tolist() == dets[:, 4].tolist()
+    assert rule(BOXES, SCORES, LABELS, 2)[0].tolist() == [1, 2] and rule.nms_type == 'nms=None' and not rule.params

@@ -9,6 +9,6 @@ take_setup_options "$@"
 setup_env
 setup_tests
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
-say 'Running the tests (about 20 min on 2 cores)'
+say 'Running the tests (about 12 min on 2 cores)'
 cores=$(getconf _NPROCESSORS_ONLN)
 exec "$VENV/bin/python" -m pytest --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope --no-loadscope-reorder ${REST[@]+"${REST[@]}"}

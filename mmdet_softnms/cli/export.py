@@ -1,14 +1,25 @@
-"""Export the post-processing of a two-stage detector, suppression and all, as ONNX.
+"""Export the post-processing of a two-stage detector, suppression and all, as ONNX; or the whole detector.
 
     python tools/export_onnx.py CONFIG OUT.onnx [--num-rois R] [--opset N] [--cfg-options KEY=VALUE ...]
+    python tools/export_onnx.py CONFIG OUT.onnx --checkpoint CHECKPOINT --size HEIGHTxWIDTH
+
+Without a checkpoint, the post-processing alone: the network is not in the file.
 
 In: what the box head gives for one image, mmdet's raw results: ``boxes`` (R, 4K) or (R, 4), decoded and clipped, and
     ``scores`` (R, K + 1) after softmax, background last. Out: ``dets`` (M, 5) and ``labels`` (M,). Rule, thresholds
     and K are those of CONFIG. Where onnxruntime is installed, the file is run on drawn input against the operator
     itself, and the largest difference is printed.
+
+With a checkpoint, the whole detector, for one size of the resized image (Faster R-CNN and R-FCN of one stage).
+
+In: ``image`` (1, 3, HEIGHT, WIDTH), float32, BGR, 0 to 255, resized as in ``test_pipeline``. Out: the same, in pixels
+    of that image. Where onnxruntime is installed, the file is run on a drawn image against PyTorch.
+
+The file's metadata names rule, classes, thresholds and the version of this package.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +37,30 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser.add_argument(
         '--num-rois', type=at_least(1), help='fix R and every other shape; results are padded to max_per_img'
     )
-    parser.add_argument('--opset', type=int, default=17, help='of the standard operators (%(default)s)')
+    parser.add_argument('--checkpoint', help='export the whole detector with these weights')
+    parser.add_argument('--size', type=size, help='of the resized image, HEIGHTxWIDTH in pixels; with --checkpoint')
+    parser.add_argument('--opset', type=int, help='of the standard operators (17; 18 for a whole detector)')
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='unpickle whatever the checkpoint holds (can run its code)'
+    )
     add_cfg_options(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if (args.checkpoint is None) != (args.size is None):
+        parser.error('--checkpoint and --size belong together: a whole detector is exported for one size of the image')
+    if args.checkpoint is not None and args.num_rois is not None:
+        parser.error(
+            "--num-rois belongs to the post-processing alone; a detector's RoIs are its test_cfg.rpn.max_per_img"
+        )
+    args.opset = args.opset or (17 if args.checkpoint is None else 18)
+    return args
+
+
+def size(text: str) -> tuple[int, int]:
+    """``'800x1333'``: height and width in pixels."""
+    height, _, width = text.lower().partition('x')
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f'{text} is not HEIGHTxWIDTH, such as 800x1333')
+    return int(height), int(width)
 
 
 _PERFORMANCE_ONLY = ('split_thr',)  # of mmcv's batched_nms: from how many candidates on it goes class by class
@@ -95,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
         num_classes, class_agnostic = head.num_classes, dense or bool(head.get('reg_class_agnostic', False))
         max_per_img, score_thr = thresholds.get('max_per_img', -1), 0.0 if dense else thresholds.score_thr
         rule, remarks = exported_rule(cfg)
+        if dense and args.checkpoint is not None:
+            raise ExportError('of a dense head the post-processing alone can be exported: leave --checkpoint out')
         if dense:
             remarks.append(
                 'the candidates of a dense head, to which it has applied score_thr and nms_pre: a row of boxes each, '
@@ -107,27 +141,113 @@ def run(args: argparse.Namespace) -> None:
             f'{args.config} has no post-processing that can be exported ({type(error).__name__}: {error})'
         ) from error
     max_per_img = max_per_img if max_per_img > 0 else -1  # mmdet: 0 and -1 both mean no limit
-    model = post_process_to_onnx(
-        rule,
-        num_classes,
-        score_thr,
-        max_per_img,
-        class_agnostic=class_agnostic,
-        num_rois=args.num_rois,
-        opset=args.opset,
-    )
+    if args.checkpoint is None:
+        model = post_process_to_onnx(
+            rule,
+            num_classes,
+            score_thr,
+            max_per_img,
+            class_agnostic=class_agnostic,
+            num_rois=args.num_rois,
+            opset=args.opset,
+        )
+        num_rois = args.num_rois or 300
+        arguments = rule, num_classes, score_thr, max_per_img, class_agnostic, num_rois
+        names = class_names(cfg)
+        check = lambda content: compare(content, *arguments)  # noqa: E731
+        what = 'the post-processing alone: the network is not in it'
+    else:
+        model, names, check = whole_detector(args, cfg, rule)
+        what = f'the whole detector for images of {args.size[0]} x {args.size[1]} pixels'
+    describe(model, rule, names, score_thr, max_per_img)
     content = model.SerializeToString()
-    num_rois = args.num_rois or 300
-    compared = compare(content, rule, num_classes, score_thr, max_per_img, class_agnostic, num_rois)
+    compared = check(content)
     write_whole(Path(args.out), content)  # only what has been run, where it can be
     for remark in remarks:
         print(f'note: {remark}')
     print(
-        f'written: {args.out}, {len(content):,} bytes, opset {args.opset}: {type(rule).__name__} {rule.params}, '
-        f'{num_classes} classes{", class-agnostic boxes" if class_agnostic else ""}, score_thr {score_thr:g}, '
-        f'max_per_img {max_per_img}'
+        f'written: {args.out}, {what}; {len(content):,} bytes, opset {args.opset}: {type(rule).__name__} '
+        f'{rule.params}, {num_classes} classes{", class-agnostic boxes" if class_agnostic else ""}, '
+        f'score_thr {score_thr:g}, max_per_img {max_per_img}'
     )
     print(compared)
+
+
+def class_names(cfg: Any) -> list[str]:
+    """The classes of the config's test set; none where it does not name them."""
+    from mmdet.registry import DATASETS
+
+    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+    while 'dataset' in dataset:  # wrappers
+        dataset = dataset['dataset']
+    kind = dataset.get('type')
+    named = (dataset.get('metainfo') or {}).get('classes')
+    found = DATASETS.get(kind) if isinstance(kind, str) else kind
+    return list(named or getattr(found, 'METAINFO', {}).get('classes', ()))
+
+
+def describe(model: Any, rule: Any, classes: list[str], score_thr: float, max_per_img: int) -> None:
+    """Write into the file what made it: rule, classes, thresholds and version, as metadata that runtimes hand out."""
+    import onnx
+
+    from mmdet_softnms import __version__
+
+    properties = dict(
+        rule=json.dumps({'type': type(rule).__name__, **rule.params}),
+        classes=json.dumps(classes),
+        score_thr=repr(float(score_thr)),
+        max_per_img=str(max_per_img),
+        mmdet_softnms=__version__,
+    )
+    onnx.helper.set_model_props(model, properties)
+
+
+def whole_detector(args: argparse.Namespace, cfg: Any, rule: Any) -> tuple[Any, list[str], Any]:
+    """The model with its weights as ONNX, its classes, and how to compare it."""
+    import torch
+    from mmdet.apis import init_detector
+
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, check_weights, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.export_detector import detector_to_onnx
+    from mmdet_softnms.locate import local_checkpoint
+
+    checkpoint = local_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
+    load_checkpoint(checkpoint, trust=args.trust_checkpoint)
+    detector = init_detector(cfg, str(checkpoint), device='cpu')
+    check_weights(detector, checkpoint, trust=args.trust_checkpoint)
+    model = detector_to_onnx(detector, rule, cfg.model.test_cfg.rcnn, args.size, opset=args.opset)
+    names = list(detector.dataset_meta.get('classes', ())) or class_names(cfg)
+
+    def compared(content: bytes) -> str:
+        try:
+            import onnxruntime
+        except ImportError:
+            return 'not run: onnxruntime is not installed (pip install onnxruntime)'
+        from mmdet_softnms.export_detector import RawDetector
+        from mmdet_softnms.post_process import post_process
+
+        image = torch.rand(1, 3, *args.size, generator=torch.Generator().manual_seed(0)) * 255
+        session = onnxruntime.InferenceSession(content, providers=['CPUExecutionProvider'])
+        dets, labels = map(torch.from_numpy, session.run(None, {'image': image.numpy()}))
+        with torch.no_grad():
+            boxes, scores = RawDetector(detector, args.size).eval()(image)
+        rcnn = cfg.model.test_cfg.rcnn
+        expected = post_process(boxes, scores, rule, rcnn.score_thr, rcnn.max_per_img)
+        return same_detections(dets, labels, expected, onnxruntime.__version__)
+
+    return model, names, compared
+
+
+def same_detections(dets: Any, labels: Any, expected: Any, version: str) -> str:
+    """How far a file's detections are from PyTorch's; an error where they are other ones."""
+    import torch
+
+    if not torch.equal(labels, expected.labels):
+        raise SystemExit('error: onnxruntime selects other boxes than mmdet_softnms.soft_nms; please report this')
+    difference = (dets - torch.cat([expected.bboxes, expected.scores[:, None]], 1)).abs()
+    largest = float(difference.max()) if len(difference) else 0.0
+    return f'onnxruntime {version}: the same {len(labels)} detections, largest difference {largest:.1e}'
 
 
 def compare(
@@ -152,11 +272,7 @@ def compare(
     dets, labels = map(torch.from_numpy, session.run(None, dict(boxes=boxes.numpy(), scores=scores.numpy())))
     expected = post_process(boxes, scores, rule, score_thr, max_per_img)
     dets, labels = dets[labels >= 0], labels[labels >= 0]
-    if not torch.equal(labels, expected.labels):
-        raise SystemExit('error: onnxruntime selects other boxes than mmdet_softnms.soft_nms; please report this')
-    difference = (dets - torch.cat([expected.bboxes, expected.scores[:, None]], 1)).abs()
-    largest = float(difference.max()) if len(difference) else 0.0
-    return f'onnxruntime {onnxruntime.__version__}: the same {len(labels)} detections, largest difference {largest:.1e}'
+    return same_detections(dets, labels, expected, onnxruntime.__version__)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
     """Re-evaluate, print the table, write the files."""
     from mmengine.dist import is_main_process
 
-    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint
+    from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint, local_checkpoint
     from mmdet_softnms.locate import read_config
     from mmdet_softnms.reevaluation.candidates.forward import start_processes
     from mmdet_softnms.reevaluation.request import Listener, Request
@@ -178,10 +178,11 @@ def run(args: argparse.Namespace) -> None:
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
-    load_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # before anything slow
+    checkpoint = local_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # fetched or asked for once
+    load_checkpoint(checkpoint, trust=args.trust_checkpoint)  # before anything slow
     work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
     asked = {one.name: getattr(args, one.name) for one in fields(Request) if one.init and hasattr(args, one.name)}
-    request = Request(cfg, **asked | dict(work_dir=work_dir))
+    request = Request(cfg, **asked | dict(checkpoint=checkpoint, work_dir=work_dir))
     start_processes(args.launcher)
     with Display(sweep=bool(request.sweep), quiet=not is_main_process()) as display:
         reevaluate(

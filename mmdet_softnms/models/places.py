@@ -1,9 +1,9 @@
 """Where a config may name a rule, checked before a model is built.
 
 mmcv evaluates ``nms.type`` at the first image wherever our heads do not look at it, and says ``NameError``. Here it is
-one sentence, with what to write instead. mmengine's Runner by itself, without the commands of this package, still says
-``NameError`` for a rule in ``rpn.nms`` or in the ``tta_cfg.nms`` of mmdet's own TTA model: nothing of this package runs
-there.
+one sentence, with what to write instead. mmengine's Runner by itself, without the commands of this package, ends at
+the first image (:func:`mmdet_softnms.registry.explain_to_mmcv`); with ``NameError`` only where nothing of this package
+is imported.
 """
 
 from collections.abc import Iterator, Mapping

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from mmdet_softnms.models.takes_rules import TakesRules, combined, plain_of
 from mmdet_softnms.post_process import post_process
-from mmdet_softnms.registry import MODELS, resolve
+from mmdet_softnms.registry import MODELS, explain_to_mmcv, resolve
+
+explain_to_mmcv()
 
 
 class SoftNMSMixin(TakesRules):

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import _triton
+from mmdet_softnms.ops import _triton, weights
 from mmdet_softnms.ops._arguments import check_tensors
+from mmdet_softnms.ops._dispatch import path
 from mmdet_softnms.ops._soft_nms import differentiable_or_compiled, soft_nms
 
 #: Selections, with a fiftieth of the candidates, below which a batch (a third of a millisecond) is not worth waking
@@ -129,20 +130,28 @@ def _in_one_launch(
     return _triton.soft_nms_of_list(boxes, scores, labels, **parameters)
 
 
-def warmup() -> None:
+def warmup(methods: Iterable[str] | None = None) -> None:
     """Load what the first call on a CPU would otherwise load: numba and the kernels, for float32 and float64.
 
-    From numba's disk cache that takes about a second, on the very first time on a machine some seconds of compiling.
-    For servers, and before worker processes are forked. May be called any number of times, from several processes at
-    once.
+    From numba's disk cache that takes about a second, nearly all of it numba itself. On the very first time on a
+    machine every rule takes some seconds of compiling. For servers, and before worker processes are forked. May be
+    called any number of times, from several processes at once.
+
+    Args:
+        methods: the rules to prepare, as ``method`` of :func:`mmdet_softnms.soft_nms`; None: every registered rule.
+
+    Raises:
+        ValueError: there is no such rule.
     """
-    soft_nms(torch.zeros(1, 4, device='cpu'), torch.ones(1, device='cpu'))
+    path(torch.device('cpu'))
+    for method in list(weights.WEIGHTS) if methods is None else methods:
+        soft_nms(torch.zeros(1, 4, device='cpu'), torch.ones(1, device='cpu'), method=method)
 
 
 @functools.lru_cache(maxsize=1)
 def _pool(pid: int) -> ThreadPoolExecutor:
     """One pool a process; a forked one has none of its parent's threads, and gets its own by its number."""
-    warmup()  # in this thread: two that import numba at once would wait for one another
+    warmup(())  # numba, in this thread: two that import it at once would wait for one another
     return ThreadPoolExecutor(_cores(), thread_name_prefix='mmdet_softnms')
 
 

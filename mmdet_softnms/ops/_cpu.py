@@ -25,24 +25,20 @@ selected boxes, x1, y1, x2, y2 and area; ``after`` (B,): the next block of the s
 before there is any. ``seen`` (N,): the place up to which a box's score reflects the selections of its class, -1: none.
 """
 
-import hashlib
 import math
-import sys
 import threading
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numba import types
-from numba.core.caching import FunctionCache
 from torch import Tensor
 
 from mmdet_softnms.ops import weights
 from mmdet_softnms.ops._arguments import Parameters, raise_bad_values
+from mmdet_softnms.ops._compiled import compiled
 
 _BAD_VALUE = -1
 _LANES = 16
@@ -87,53 +83,7 @@ def select(boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Paramet
     return torch.from_numpy(keep[:count]), torch.from_numpy(kept_scores[:count])
 
 
-_cache_works = True
-
-
-class _Cache(FunctionCache):  # type: ignore[misc]
-    """numba's disk cache, which looks at the file of the compiled function alone, with the weights' file in the key."""
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        sources = (Path(module.__file__).read_bytes() for module in (weights, sys.modules[__name__]))  # type: ignore[type-var, arg-type]
-        return sig, codegen.magic_tuple(), hashlib.sha256(b''.join(sources)).hexdigest()
-
-
-def _compiled(make: Callable[[Any], Any], cached: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """Compile for float32 and float64 now, never in a call; from numba's disk cache where there is one.
-
-    Args:
-        make: the signature for a floating type.
-        cached: everything that is compiled in stands in this file or in ``weights.py``.
-    """
-
-    def compile_now(function: Callable[..., Any]) -> Any:
-        global _cache_works
-        signatures = list(dict.fromkeys([make(types.float32), make(types.float64)]))
-        if _cache_works and cached:
-            # numba raises where no directory is writable, the disk is full or a cached file is damaged. None of this
-            # is a reason not to run; an error of the compilation itself comes again below.
-            try:
-                dispatcher = numba.njit(nogil=True, error_model='numpy')(function)
-                dispatcher._cache = _Cache(function)
-                for signature in signatures:
-                    dispatcher.compile(signature)
-                dispatcher.disable_compile()
-                return dispatcher
-            except Exception as error:
-                _cache_works = False
-                warnings.warn(
-                    'mmdet_softnms compiles its kernels anew in every process (a few seconds), because the disk cache '
-                    f'of numba cannot be used: {error or type(error).__name__}. '
-                    'Set NUMBA_CACHE_DIR to an empty, writable directory.',
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return numba.njit(signatures, nogil=True, error_model='numpy')(function)
-
-    return compile_now
-
-
-@_compiled(lambda real: types.int64(real[:, ::1], real[::1], types.int64[::1], real))
+@compiled(lambda real: types.int64(real[:, ::1], real[::1], types.int64[::1], real))
 def _check(boxes, scores, labels, offset):  # type: ignore[no-untyped-def]
     """The highest label, or _BAD_VALUE where a value is not finite, an area overflows or a label is negative."""
     real = scores.dtype.type
@@ -161,7 +111,7 @@ def _check(boxes, scores, labels, offset):  # type: ignore[no-untyped-def]
     return highest
 
 
-@_compiled(lambda real: types.int64(types.int64[::1], types.int64[::1]))
+@compiled(lambda real: types.int64(types.int64[::1], types.int64[::1]))
 def _number(labels, numbers):  # type: ignore[no-untyped-def]
     """Write 0, 1, ... for the labels in the order they occur; returns how many there are."""
     bits = 1
@@ -313,13 +263,15 @@ def kernel(weight: weights.Weight) -> Any:
 
     From the disk cache where the rule is one of ``weights.py``: numba would not see a change of other files.
     """
-    compiled = _kernels.get(weight)
-    if compiled is not None:
-        return compiled
+    known = _kernels.get(weight)
+    if known is not None:
+        return known
     with _one_compiles:
         if weight not in _kernels:
             cached = weight.function.__module__ == weights.__name__
-            _kernels[weight] = _compiled(_selection_types, cached)(_selection(weight))
+            _kernels[weight] = compiled(_selection_types, cached=cached, sources=[weights.__name__, __name__])(
+                _selection(weight)
+            )
     return _kernels[weight]
 
 

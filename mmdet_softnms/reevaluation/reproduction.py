@@ -6,7 +6,6 @@ re-evaluation are in [0, 1].
 """
 
 import contextlib
-import copy
 import io
 import math
 import re
@@ -15,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_softnms.checkpoint import check_weights
-from mmdet_softnms.files import ReevaluationError, first_line, sha256
-from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.files import ReevaluationError, sha256
+from mmdet_softnms.reevaluation.candidates.fingerprint import build_model
+from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, family_of, plug
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 from mmdet_softnms.yaml_file import YamlError, read_yaml
@@ -317,19 +315,15 @@ def check_checksum(path: Path, weights: Weights) -> str:
 
 
 def check_model(cfg: Config, checkpoint: Path, *, trust: bool = False) -> None:
-    """Build the model without running it.
+    """Build the model as a run does, without running it.
 
     Raises:
         ReevaluationError: it cannot be built, or its RoI head not be re-evaluated.
         CheckpointError: the weights are not its own.
     """
-    plug(cfg, 0.0)
-    register_all_modules()
-    try:
-        model = MODELS.build(copy.deepcopy(cfg.model))  # building writes into the config
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
-    check_weights(model, checkpoint, trust=trust)
+    model = build_model(plug(cfg, 0.0))
+    family_of(cfg).leave_out_unused(model)
+    check_weights(model, checkpoint, trust=trust, ignore=MASK_PREFIXES)
 
 
 def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:

@@ -14,6 +14,7 @@ from mmengine.dist import get_dist_info, is_distributed
 
 import mmdet_softnms
 from mmdet_softnms.files import ReevaluationError, clear_temporaries, sha256
+from mmdet_softnms.ops import weights
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, execution_differences, fingerprint
 from mmdet_softnms.reevaluation.candidates.forward import Collected, collect, start_processes
 from mmdet_softnms.reevaluation.candidates.identity import code_of, digest
@@ -231,7 +232,7 @@ def _identity(
     files = {str(path.relative_to(package)): sha256(path) for path in sorted(package.rglob('*.py'))}
     libraries = [metadata.version(name) for name in ('numpy', 'numba', 'faster-coco-eval', 'torch')]
     rules = [setting.rule for setting in settings]
-    code = code_of(*rules)
+    code = code_of(*rules, *(weight.function for weight in weights.WEIGHTS.values()))
     if code.unknown:
         return None
     return digest(files, libraries, mmdet.__version__, store.fingerprint, truth, code.files, code.live, list(views))

@@ -11,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 
 from mmdet_softnms import soft_nms
 from mmdet_softnms.models.places import check_places
+from mmdet_softnms.post_process import post_process
 from mmdet_softnms.reevaluation.candidates.plug import family_of, plug
 from mmdet_softnms.rules import SoftNMS
 from tests.tiny import build, plugged, predict, predict_raw, tiny_config
@@ -209,6 +210,29 @@ def test_non_finite_boxes_of_a_class_are_dropped_with_one_warning():
     assert len(seen) == 1
     for result in results:
         assert len(result.pred_instances) > 5 and (result.pred_instances.labels > 0).all()
+
+
+def test_half_precision_reaches_the_rule():
+    """Under autocast, and with raw results of half precision: the operator's result on their values."""
+    model = build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))
+    predict_bbox, seen = model.roi_head.predict_bbox, []
+
+    def in_half(*args, rcnn_test_cfg, **kwargs):
+        with torch.autocast('cpu', torch.bfloat16):
+            seen.extend(predict_bbox(*args, rcnn_test_cfg=None, **kwargs))
+            return predict_bbox(*args, rcnn_test_cfg=rcnn_test_cfg, **kwargs)
+
+    model.roi_head.predict_bbox = in_half
+    rule = SoftNMS('gaussian', sigma=0.5, min_score=0.01)
+    for result, raw in zip(predict(model), seen, strict=True):
+        found, expected = result.pred_instances, post_process(raw.bboxes, raw.scores, rule, 0.01, 100)
+        assert len(found) > 5 and torch.equal(found.bboxes, expected.bboxes)
+        assert torch.equal(found.scores, expected.scores)
+        for dtype in (torch.bfloat16, torch.float16):
+            halves = raw.bboxes.to(dtype), raw.scores.to(dtype)
+            half = post_process(*halves, rule, 0.01, 100)
+            whole = post_process(*(one.float() for one in halves), rule, 0.01, 100)
+            assert torch.equal(half.bboxes.float(), whole.bboxes) and torch.equal(half.scores, whole.scores.to(dtype))
 
 
 def test_a_cascade_config_is_sent_to_the_cascade_head():

@@ -18,7 +18,7 @@ import torch
 
 import mmdet_softnms
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _cpu, _reference, weights
+from mmdet_softnms.ops import _compiled, _cpu, _reference, weights
 from mmdet_softnms.ops._arguments import Parameters
 
 WARNING = 'compiles its kernels anew'
@@ -277,6 +277,6 @@ def test_compilation_error_is_not_mistaken_for_a_cache_failure(monkeypatch: pyte
     def broken(real_array: Any) -> int:
         return real_array.no_such_attribute  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(_cpu, '_cache_works', True)
+    monkeypatch.setattr(_compiled, '_cache_works', True)
     with pytest.raises(numba.core.errors.TypingError), pytest.warns(RuntimeWarning, match=WARNING):
-        _cpu._compiled(lambda real: numba.types.int64(real[::1]))(broken)
+        _compiled.compiled(lambda real: numba.types.int64(real[::1]))(broken)

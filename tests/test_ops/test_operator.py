@@ -405,12 +405,15 @@ def test_data_loader_workers(method):
 def test_warming_up_leaves_nothing_for_the_first_call():
     script = (
         'import sys; from mmdet_softnms import soft_nms, warmup; warmup(); warmup(); import torch; '
-        'before = set(sys.modules); soft_nms(torch.rand(5, 4).double().cumsum(1), torch.rand(5)); '
-        'print(sorted(set(sys.modules) - before))'
+        'from mmdet_softnms.ops import _cpu, weights; modules, kernels = set(sys.modules), len(_cpu._kernels); '
+        '[soft_nms(torch.rand(5, 4).double().cumsum(1), torch.rand(5), method=method) for method in weights.WEIGHTS]; '
+        'print(kernels == len(_cpu._kernels) == len(weights.WEIGHTS), sorted(set(sys.modules) - modules))'
     )
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == '[]'
-    assert warmup() is None
+    assert done.stdout.strip() == 'True []'
+    assert warmup(['hard']) is None
+    with pytest.raises(ValueError, match="method must be one of .*, got 'cubic'"):
+        warmup(['cubic'])
 
 
 def test_a_million_candidates():

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +19,9 @@ from mmdet_softnms.reevaluation.request import Request
 from mmdet_softnms.reevaluation.run import reevaluate
 from mmdet_softnms.reevaluation.scoring.settings import default_settings
 from mmdet_softnms.reevaluation.scoring.sweep import detections
+from tests.commands import run_tool
 from tests.tiny_dataset import CLASSES, make_project
 
-TOOLS = Path(__file__).parents[2] / 'tools'
 LINEAR = dict(type='mmdet_softnms.SoftNMS', method='linear', iou_threshold=0.3, min_score=1e-3)
 GAUSSIAN = dict(type='mmdet_softnms.SoftNMS', method='gaussian', sigma=0.5, min_score=1e-3)
 HARD = dict(type='mmdet_softnms.HardNMS', iou_threshold=0.5)
@@ -42,8 +40,11 @@ def _live(config: Path, checkpoint: Path, nms: dict, out: Path) -> list[dict]:
     cfg.model.test_cfg.rcnn = dict(score_thr=1e-3, max_per_img=100, nms=nms)
     changed = config.with_name(f'{out.stem}.py')
     cfg.dump(changed)
-    command = [sys.executable, str(TOOLS / 'test.py'), changed, checkpoint, '--out', out, '--work-dir', out.parent]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    return _tested(changed, checkpoint, out)
+
+
+def _tested(config: Path, checkpoint: Path, out: Path) -> list[dict]:
+    done = run_tool('test.py', config, checkpoint, '--out', out, '--work-dir', out.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     return pickle.loads(out.read_bytes())
 
@@ -137,13 +138,14 @@ def test_the_table_is_fair(project):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_the_configs_own_row_is_mmdets_own_result(project, tmp_path):
-    """Stock suppression over stored candidates equals the stock detector, class offset and all."""
+@pytest.mark.parametrize('nms', ['stock', None])
+def test_the_configs_own_row_is_mmdets_own_result(project, nms, tmp_path):
+    """Stock suppression, or none at all, over stored candidates equals the stock detector, class offset and all."""
     cfg = Config.fromfile(project.coco_config)
-    out = tmp_path / 'stock.pkl'
-    command = [TOOLS / 'test.py', project.coco_config, project.checkpoint, '--out', out, '--work-dir', tmp_path]
-    subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
-    live = pickle.loads(out.read_bytes())
+    if nms is None:
+        cfg.model.test_cfg.rcnn.nms = None
+    cfg.dump(tmp_path / 'own.py')
+    live = _tested(tmp_path / 'own.py', project.checkpoint, tmp_path / 'stock.pkl')
     setting = default_settings(cfg, 1e-3, 100, 1e-3)[3]
     images = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store.load()
     for one, result in zip(detections(images, setting), live, strict=True):
@@ -193,6 +195,16 @@ def test_a_config_dumped_after_its_model_was_built_is_accepted(project, tmp_path
     cfg = Config.fromfile(project.coco_config)
     cfg.model.roi_head.test_cfg = cfg.model.test_cfg.rcnn
     assert collect(cfg, project.checkpoint, 0.5, tmp_path).forward_images == 6
+
+
+def test_what_mmdet_cannot_run_is_one_line(project, tmp_path):
+    cfg = Config.fromfile(project.coco_config)
+    cfg.dump(tmp_path / 'lists.json')
+    with pytest.raises(ReevaluationError, match=r'lists.json holds lists where mmcv needs tuples \(.*; give a .py'):
+        collect(Config.fromfile(tmp_path / 'lists.json'), project.checkpoint, 0.5, tmp_path / 'a')
+    cfg.test_cfg.fp16 = True
+    with pytest.raises(ReevaluationError, match=r'half precision here \(.*; use test_cfg.fp16=False, or a GPU'):
+        collect(cfg, project.checkpoint, 0.5, tmp_path / 'b')
 
 
 def test_batches_move_ap_by_less_than_1e_4(project):

@@ -10,7 +10,7 @@ from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, image_ap, pool_folds, weighted_ap
-from mmdet_softnms.reevaluation.choice.selection import select
+from mmdet_softnms.reevaluation.choice.selection import Difference, select
 from mmdet_softnms.reevaluation.report.table import selection_text
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects, match
@@ -199,6 +199,71 @@ def test_the_interval_is_that_of_95_percent():
     width = tails[1] - tails[0]
     assert chosen.settings[1].low == pytest.approx(tails[0], abs=0.04 * width)
     assert chosen.settings[1].high == pytest.approx(tails[1], abs=0.04 * width)
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'significant'),
+    [(0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False), (0.0, 0.1, False), (-0.1, 0.0, False)],
+)
+def test_significant_is_an_interval_without_zero(low, high, significant):
+    assert Difference('', 0.5, 0.5, low, high).significant == significant
+
+
+def _aps(matches, objects, weights, folds, num_folds, criterion):
+    return np.stack([weighted_ap(one, objects.counts, weights, folds, num_folds, criterion)[0] for one in matches])
+
+
+@pytest.mark.parametrize('split', ['folds', 'val'])
+@pytest.mark.parametrize('criterion', ['AP', 'AP75'])
+def test_chosen_is_the_best_by_the_criterion_on_the_images_as_they_are(split, criterion):
+    """Not by another criterion, and not on one of the resamples; each choice is computed here once more."""
+    others, resampled = 0, 0
+    for seed in (2, 3):
+        settings, matches, objects = _noise(12, num_images=30, seed=seed)
+        weights, folds = np.ones((1, 30), np.int32), np.random.default_rng(seed).permutation(30) % 3
+
+        options = dict(tuning=(matches, objects)) if split == 'val' else dict(num_folds=3)
+        chosen = select(settings, matches, objects, criterion=criterion, seed=seed, **options)
+        values = _aps(matches, objects, weights, folds, 3, criterion)
+        by_fold = values[:, :3].argmax(0).tolist()
+        assert chosen.criterion == criterion and chosen.chosen == values[:, 3].argmax()
+        assert chosen.chosen_by_fold == ([] if split == 'val' else by_fold)
+        assert [one.value for one in chosen.settings] == pytest.approx(values[:, 3].tolist(), abs=1e-12)
+        if split == 'val':
+            expected = values[chosen.chosen, 3]
+        else:
+            pooled = pool_folds(matches, by_fold, folds, objects.image_order)
+            expected = weighted_ap(pooled, objects.counts, weights, folds, 0, criterion)[0, 0]
+        assert chosen.procedure.value == pytest.approx(expected, abs=1e-12)
+        assert chosen.procedure.baseline == pytest.approx(values[0, 3], abs=1e-12)
+        others += any(_aps(matches, objects, weights, folds, 0, by).argmax() != chosen.chosen for by in CRITERIA)
+        last = bootstrap_weights(30, 1000, seed + (2 if split == 'val' else 1))[-1:]
+        resampled += _aps(matches, objects, last, folds, 0, criterion).argmax() != chosen.chosen
+    assert others and resampled  # so that each could be mistaken
+
+
+@pytest.mark.parametrize('split', ['folds', 'val'])
+def test_each_group_of_thresholds_has_its_baseline(split):
+    """Two of ``score_thr`` by two of ``max_per_img``; the best setting is of the last group."""
+    candidates, truth = drawn_test_set(30)
+    objects = Objects.of(truth)
+    groups = [(score_thr, number) for score_thr in (1e-3, 0.3) for number in (20, 5)]
+    settings = [Setting(rule, *group) for group in groups for rule in (HardNMS(0.5), SoftNMS('gaussian'))]
+    matches = [match(_results(candidates, setting.rule, setting.max_per_img), objects) for setting in settings]
+    for number in range(4):  # each group a little worse than the one before, so that no baseline is like another
+        few = [one[: max(1, len(one) - 2 * number)] for one in _results(candidates, HardNMS(0.5), 12)]
+        matches[2 * number] = match(few, objects)
+    matches[7] = match(_results(candidates, SoftNMS('linear', iou_threshold=0.5)), objects)
+    weights, nowhere = np.ones((1, 30), np.int32), np.zeros(30, np.int64)
+    matches[1] = matches[0]
+    aps = _aps(matches, objects, weights, nowhere, 0, 'AP')[:, 0].tolist()
+    assert len({aps[number] for number in (0, 2, 4, 6)}) == 4
+    options = dict(tuning=(matches, objects)) if split == 'val' else dict(num_folds=3)
+    chosen = select(settings, matches, objects, **options)
+    assert [one.baseline for one in chosen.settings] == pytest.approx([aps[n // 2 * 2] for n in range(8)], abs=1e-12)
+    assert chosen.chosen == 7 and set(chosen.chosen_by_fold) <= {7}
+    assert chosen.procedure.value == pytest.approx(aps[7], abs=1e-12)
+    assert chosen.procedure.baseline == pytest.approx(aps[6], abs=1e-12)
 
 
 @pytest.mark.parametrize('split', ['folds', 'val'])

@@ -1,5 +1,6 @@
 """The command line of tools/reevaluate.py: what it prints and writes, and one clear line for every bad input."""
 
+import fcntl
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 
 from mmdet_softnms.cli import reevaluate as command_line
+from tests.commands import run_tool
 from tests.tiny_dataset import make_project
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'reevaluate.py'
@@ -24,12 +27,13 @@ def project(tmp_path_factory):
 
 
 def _run(*arguments, **options):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return run_tool('reevaluate.py', *arguments, **options)
 
 
 def test_table_and_file(project, tmp_path):
-    done = _run(project.voc_config, project.checkpoint, '--work-dir', tmp_path, '--max-per-img', 20)
+    """As a process of its own: the others are run in this one."""
+    arguments = (project.voc_config, project.checkpoint, '--work-dir', tmp_path, '--max-per-img', 20)
+    done = subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 'terminated' not in done.stderr  # mmdet's VOC evaluation forks, and ends its processes by SIGTERM
     content = json.loads((tmp_path / 'reevaluation.json').read_text())
@@ -124,6 +128,8 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
     (project.root / 'slow_dataset.py').write_text(
         'import time\n'
         'from mmdet.datasets import CocoDataset\n'
+        'from yapf.yapflib import yapf_api\n'
+        'yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)\n'  # as in conftest.py
         'from mmdet.registry import DATASETS\n'
         "@DATASETS.register_module(name='SlowDataset', force=True)\n"
         'class SlowDataset(CocoDataset):\n'
@@ -343,6 +349,21 @@ def test_tuning_split_of_the_same_names_and_one_that_is_not_there(project, tmp_p
         plan(resamples=10)
 
 
+def test_a_checkpoint_is_fetched_once(project, tmp_path, monkeypatch):
+    fetched, given = [], []
+
+    def fetch(name, map_location=None):
+        fetched.append(name)
+        return torch.load(project.checkpoint, map_location, weights_only=True)
+
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    monkeypatch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes | {'store://': fetch})
+    monkeypatch.setattr('mmdet_softnms.reevaluation.run.reevaluate', lambda request, *_: given.append(request))
+    done = _run(project.coco_config, 'store://tiny.pth', '--work-dir', tmp_path)
+    assert done.returncode == 0 and fetched == ['store://tiny.pth']
+    assert given[0].checkpoint.is_file() and given[0].checkpoint.is_relative_to(tmp_path / 'hub')
+
+
 def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
     from mmengine.config import Config
 
@@ -361,13 +382,9 @@ def test_nothing_can_be_chosen_without_candidates(project, tmp_path):
 
 
 def test_two_runs_in_one_directory(project, tmp_path):
-    from mmdet_softnms.reevaluation.run import only_run_in
-
-    lock = only_run_in(tmp_path)
-    try:
+    with (tmp_path / '.lock').open('w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as another process does
         done = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path)
-    finally:
-        lock.release()
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(f'error: another run is at work in {tmp_path}')
 
@@ -376,7 +393,12 @@ def test_two_processes_give_the_same_bytes_and_rows(project, tmp_path):
     """At equal threads: torchrun sets one. The sweep is divided among the processes, too."""
     sweep = ('--sweep', 'SoftNMS.sigma=0.3,0.5,0.7')
     environment = dict(os.environ, OMP_NUM_THREADS='1')
-    single = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'one', *sweep, env=environment)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        single = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'one', *sweep)
+    finally:
+        torch.set_num_threads(threads)
     assert single.returncode == 0, single.stderr
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(TOOL)]
     command += [str(project.coco_config), str(project.checkpoint), '--work-dir', str(tmp_path / 'two'), *sweep]

@@ -5,7 +5,6 @@ norm that does something, and OpenCV reads the files with its own code.
 """
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_softnms import soft_nms
+from tests.commands import run_tool
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'tools/model_converters/rfcn_caffe_to_mmdet.py'
@@ -251,9 +251,8 @@ def test_equals_opencvs_caffe_importer_layer_by_layer(depth, tmp_path):
     net = Net(depth)
     _, caffemodel = net.write(tmp_path)
     checkpoint = tmp_path / 'converted.pth'
-    result = subprocess.run(
-        [sys.executable, SCRIPT, caffemodel, checkpoint], check=True, capture_output=True, text=True
-    )
+    result = _run(caffemodel, checkpoint)
+    assert result.returncode == 0, result.stderr
     assert f'ResNet-{depth}, {CLASSES} classes, {ANCHORS} anchors' in result.stdout
     compare(depth, net, torch.load(checkpoint, weights_only=True)['state_dict'], tmp_path)
 
@@ -280,7 +279,7 @@ def test_the_comparison_notices(broken, tmp_path, monkeypatch):
 
 
 def _run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    return run_tool('model_converters/rfcn_caffe_to_mmdet.py', *arguments)
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,23 @@ def _forward(
                 raise ReevaluationError(
                     f'image {path} cannot be read; replace it, or take it out of the set'
                 ) from error
+            if reason := _known(error, cfg, runner):
+                raise ReevaluationError(reason) from error
             raise
+
+
+def _known(error: Exception, cfg: Config, runner: Runner) -> str:
+    """What to say of an error in mmdet's or mmcv's code that the config brought about; empty for any other."""
+    last = str(error).strip().rpartition('\n')[2]  # a worker of the data loader puts its traceback before it
+    path = Path(cfg.filename or '')
+    if isinstance(error, TypeError) and 'tuple' in last and path.suffix in ('.json', '.yml', '.yaml'):
+        return f'config {path} holds lists where mmcv needs tuples ({last}), which {path.suffix} has not; give a .py'
+    types = {getattr(parameter, 'dtype', None) for parameter in runner.model.parameters()}
+    if isinstance(error, RuntimeError) and (
+        getattr(runner.test_loop, 'fp16', False) or types & {torch.float16, torch.bfloat16}
+    ):
+        return f'the network cannot run in half precision here ({last}); use test_cfg.fp16=False, or a GPU'
+    return ''
 
 
 def _refuse_values_that_are_not_finite(model: Any) -> None:

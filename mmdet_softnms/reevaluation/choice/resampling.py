@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from mmdet_softnms.reevaluation.scoring.compiled import compiled
+from mmdet_softnms.ops._compiled import compiled_when_called
 from mmdet_softnms.reevaluation.scoring.matching import Matches
 from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA, IOU_THRS, RECALLS
 
@@ -45,7 +45,7 @@ def weighted_ap(
     )
 
 
-@compiled
+@compiled_when_called
 def _weighted_ap(image, true, ignored, starts, counts, weights, folds, num_folds, chosen, recalls):  # type: ignore[no-untyped-def]
     num_resamples, (num_images, num_classes) = len(weights), counts.shape
     result = np.zeros((num_resamples, num_folds + 1))
@@ -160,7 +160,7 @@ def image_ap(matches: Matches, counts: np.ndarray) -> np.ndarray:
     return _image_ap(matches.true[order], matches.ignored[order], starts, counts, len(IOU_THRS), RECALLS)
 
 
-@compiled
+@compiled_when_called
 def _image_ap(true, ignored, starts, counts, num_thresholds, recalls):  # type: ignore[no-untyped-def]
     num_images, num_classes = counts.shape
     result = np.full(num_images, -1.0)

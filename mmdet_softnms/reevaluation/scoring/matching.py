@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from mmengine.structures import InstanceData
 
-from mmdet_softnms.reevaluation.scoring.compiled import compiled
+from mmdet_softnms.ops._compiled import compiled_when_called
 from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, MAX_DETS, GroundTruth
 
 
@@ -115,7 +115,7 @@ def _match_all(
     return order, _match(boxes[order], cell, objects.boxes, objects.crowd, objects.starts, IOU_THRS)
 
 
-@compiled
+@compiled_when_called
 def _match(boxes, cells, objects, crowd, starts, thresholds):  # type: ignore[no-untyped-def]
     """COCOeval.evaluateImg over all cells; detections of one cell are neighbours, best first."""
     matched = np.full((len(boxes), len(thresholds)), -1, np.int32)

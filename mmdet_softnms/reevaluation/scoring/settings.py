@@ -17,6 +17,7 @@ import torch
 from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.ops import weights
 from mmdet_softnms.reevaluation.candidates.plug import family_of, family_of_head
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
@@ -24,7 +25,7 @@ from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
 from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
-_RANGED = ('iou_threshold', 'sigma', 'min_score')
+_RANGED = (*weights.PARAMETERS, 'min_score')
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,9 @@ def sweep_settings(
             or the path of a YAML file. VALUES are ``first:last:step`` with both ends, or a list with commas. All
             parameters of one rule are crossed with each other; different rules are not; the three thresholds are
             crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's
-            ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, ``iou_threshold`` sweeps the linear one and
-            ``sigma`` the gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
+            ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, a parameter sweeps the first rule of
+            :data:`mmdet_softnms.ops.weights.WEIGHTS` that takes it: ``iou_threshold`` the linear one, ``sigma`` the
+            gaussian. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
             and the thresholds.
         cfg: the user's config.
         score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
@@ -280,7 +282,7 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
     kind = name if name in ('nms', 'soft_nms') or '.' in name else f'mmdet_softnms.{name}'
     swept = list(grid)
     if kind == 'mmdet_softnms.SoftNMS' and 'method' not in grid:
-        methods = [method for method, one in (('linear', 'iou_threshold'), ('gaussian', 'sigma')) if one in grid]
+        methods = [_method_of(parameter) for parameter in weights.PARAMETERS if parameter in grid]
         if methods:
             grid = {'method': methods, **grid}  # rows of one method together
     if 'min_score' not in grid and (kind == 'soft_nms' or 'min_score' in _parameters(kind)):
@@ -304,6 +306,11 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
                 f'a sweep over {name}.{parameter} changes nothing: {next(iter(rules.values())).params} does not use it'
             )
     return list(rules.values())
+
+
+def _method_of(parameter: str) -> str:
+    """The first rule that takes a parameter."""
+    return next(name for name, weight in weights.WEIGHTS.items() if parameter in weight.parameters)
 
 
 def _parameters(kind: str) -> Iterable[str]:

@@ -1,33 +1,36 @@
 """Many settings over the same candidates: every core of the machine, every rank of a launcher, and nothing done twice.
 
-Each finished row is appended to ``sweep-partial-RANK.jsonl`` in the work directory, so that an interrupted sweep goes
-on where it stopped; the files are deleted once ``reevaluation.json`` holds all rows.
+joblib runs the settings in processes of this machine, or wherever ``joblib.parallel_config`` says: on a Dask or Ray
+cluster, for example. Each finished row is appended to ``sweep-partial-RANK.jsonl`` in the work directory, so that an
+interrupted sweep goes on where it stopped; the files are deleted once ``reevaluation.json`` holds all rows.
 """
 
 import functools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import platform
-import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import uuid
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import joblib
+import numpy as np
 import torch
 from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.ops import weights
 from mmdet_softnms.post_process import suppress
 from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
@@ -108,7 +111,8 @@ def evaluate_all(
         work_dir: where finished rows are kept until all are there; None: nowhere.
         identity: of candidates, ground truth and code; kept rows of another are not used. None: it cannot be told, so
             no row is kept.
-        processes: of this machine together; None: one a core, or none beside this one where there is little to do.
+        processes: of this machine together; None: what ``joblib.parallel_config`` says where it is used, else one a
+            core, or this one alone where there is little to do.
         on_row: called with (row, rows done, rows in all) of this rank after each row.
         say: called with one line about each file of kept rows that cannot be read.
     """
@@ -127,12 +131,13 @@ def evaluate_all(
     finished = len(rows)
     mine = {}
     sharers = all_gather_object(platform.node()).count(platform.node())  # ranks on this machine
-    for number, row in _run(_evaluate, candidates, settings, own, truth, processes, sharers):
-        mine[number] = row
-        if partial:
-            _append(partial, dict(identity=identity, setting=_key(settings[number]), row=row.to_dict()))
-        finished += 1
-        on_row(row, finished, len(rows) + len(own))
+    with closing(_run(_evaluate, candidates, settings, own, truth, processes, sharers)) as results:
+        for number, row in results:
+            mine[number] = row
+            if partial:
+                _append(partial, dict(identity=identity, setting=_key(settings[number]), row=row.to_dict()))
+            finished += 1
+            on_row(row, finished, len(rows) + len(own))
     barrier()
     for part in all_gather_object(mine):
         rows |= part
@@ -225,9 +230,10 @@ def match_all(
 ) -> list[Matches]:
     """Detections of every setting matched to the objects, for choosing one; arguments as in :func:`evaluate_all`."""
     matches = {}
-    for number, found in _run(_match, candidates, settings, list(range(len(settings))), truth, processes):
-        matches[number] = found
-        progress(len(matches), len(settings))
+    with closing(_run(_match, candidates, settings, list(range(len(settings))), truth, processes)) as results:
+        for number, found in results:
+            matches[number] = found
+            progress(len(matches), len(settings))
     return [matches[number] for number in range(len(settings))]
 
 
@@ -262,54 +268,92 @@ def _run(
     truth: GroundTruth,
     processes: int | None,
     sharers: int = 1,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Work on some settings, here or in processes, and yield results as they come; ``sharers``: ranks on this host."""
-    if processes is None:
+    configured = joblib.effective_n_jobs(None)  # above 1 inside the caller's joblib.parallel_config
+    is_local = processes is not None or configured <= 1
+    if processes is None and is_local:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         processes = max(1, cores // sharers) if len(numbers) * len(candidates) >= _WORTH_PROCESSES else 1
-    processes = min(processes, len(numbers))
+    processes = min(processes or configured, len(numbers))
     if processes <= 1:
         scorer = _Scorer(candidates, truth)
         for number in numbers:
             yield number, work(scorer, settings[number])
         return
-    # Started anew, not forked: this process may hold CUDA, OpenMP threads and a data loader. The candidates are mapped.
-    with tempfile.TemporaryDirectory(prefix='mmdet_softnms_') as folder:
-        candidates.share(Path(folder))
-        (Path(folder) / 'truth.pickle').write_bytes(pickle.dumps(truth))
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _start_worker, (folder,))
-        try:
-            futures = {pool.submit(_work, work, settings[number]): number for number in numbers}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise ReevaluationError(
-                'a process of the sweep died (out of memory?); finished rows are kept: run again, with --processes 1 '
-                "if memory is short. A script of your own that calls this needs if __name__ == '__main__':"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    parent = os.getpid() if is_local else None  # processes of a cluster are not ours to end
+    shared = _share(candidates, truth)
+    calls = [joblib.delayed(_work)(work, number, settings[number], parent, *shared) for number in numbers]
+    results = _unordered(calls, processes)
+    try:
+        for result in results:  # noqa: UP028  (yield from would close them itself, with the warnings)
+            yield result
+    except BrokenProcessPool as error:
+        raise ReevaluationError(
+            'a process of the sweep died (out of memory?); finished rows are kept: run again, with --processes 1 '
+            'if memory is short'
+        ) from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # joblib's, about the settings that are not finished
+            results.close()
 
 
-_worker: list[_Scorer] = []  # of a worker process: its one scorer
+def _unordered(calls: list[Any], processes: int) -> Generator[Any, None, None]:
+    """Results as they come, or, where the backend cannot do that, of as many calls at a time as there are processes."""
+    # Copy-on-write, because torch does not like arrays that it may not write to.
+    options: dict[str, Any] = dict(n_jobs=processes, batch_size=1, pre_dispatch='all', mmap_mode='c')
+    try:
+        parallel = joblib.Parallel(return_as='generator_unordered', **options)
+    except ValueError:  # Ray's backend can only return lists
+        with joblib.Parallel(**options) as parallel:
+            for first in range(0, len(calls), processes):
+                yield from parallel(calls[first : first + processes])
+    else:
+        yield from parallel(calls)
 
 
-def _start_worker(folder: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and says so once
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
-    torch.set_num_threads(1)
-    truth = pickle.loads((Path(folder) / 'truth.pickle').read_bytes())
-    _worker[:] = [_Scorer(Candidates.shared(Path(folder)), truth)]
+def _share(candidates: Candidates, truth: GroundTruth) -> list[Any]:
+    """The arguments of :func:`_work` that every setting needs.
+
+    Arrays, the pickle itself being one: joblib maps large ones into the memory of processes on this machine, and a
+    cluster's backend sends each of them once, not with every setting.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps((candidates, truth), protocol=5, buffer_callback=buffers.append)
+    # A process that is started anew knows only the rules that the package itself registers.
+    added = [weight for weight in weights.WEIGHTS.values() if weight.function.__module__ != weights.__name__]
+    return [uuid.uuid4().hex, added, np.frombuffer(content, np.uint8), *(np.asarray(each.raw()) for each in buffers)]
 
 
-def _end_with_parent(folder: str) -> None:
-    """A killed parent closes nothing: its workers would wait for it for ever, and what they share would stay."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    shutil.rmtree(folder, ignore_errors=True)
+_of_thread = threading.local()  # of a worker: the scorer of the sweep that it works for; Dask's have several threads
+_is_watched: list[int] = []  # the process whose end ends this one
+
+
+def _work(
+    work: Callable[[_Scorer, Setting], Any],
+    number: int,
+    setting: Setting,
+    parent: int | None,
+    sweep: str,
+    added: list[weights.Weight],
+    content: np.ndarray,
+    *buffers: np.ndarray,
+) -> tuple[int, Any]:
+    if parent is not None and not _is_watched:
+        _is_watched.append(parent)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and says so once
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+        torch.set_num_threads(1)
+    if getattr(_of_thread, 'sweep', None) != sweep:
+        weights.WEIGHTS.update({weight.name: weight for weight in added})
+        buffers = tuple(each if each.flags.writeable else each.copy() for each in buffers)  # Ray's are not
+        _of_thread.sweep, _of_thread.scorer = sweep, _Scorer(*pickle.loads(content.data, buffers=buffers))
+    return number, work(_of_thread.scorer, setting)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent ends nothing: its workers would wait for it for ever, and what they share would stay."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
     os._exit(1)
-
-
-def _work(work: Callable[[_Scorer, Setting], Any], setting: Setting) -> Any:
-    return work(_worker[0], setting)
