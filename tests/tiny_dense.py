@@ -118,7 +118,7 @@ def build(cfg: Config, like: nn.Module | None = None) -> nn.Module:
     for name, module in model.bbox_head.named_modules():
         if isinstance(module, nn.Conv2d):
             # YOLOX takes the exponential; RTMDet's scores would be 1, and equal ones come in any order.
-            spread = 0.2 if 'multi_level_conv_reg' in name or 'rtm_cls' in name else 1.0
+            spread = 0.2 if 'multi_level_conv_reg' in name else 0.05 if 'rtm_cls' in name else 1.0
             nn.init.normal_(module.weight, std=spread * module.weight[0].numel() ** -0.5)
             if module.bias is not None:  # CondInst takes no box whose sides are negative
                 nn.init.constant_(module.bias, 1.0 if 'conv_reg' in name else 0.0)
