@@ -35,7 +35,13 @@ MODELS = Registry(
     'model',
     parent=root.MODELS,
     scope='mmdet_softnms',
-    locations=['mmdet_softnms.models.roi_heads', 'mmdet_softnms.models.rfcn', 'mmdet_softnms.models.caffe'],
+    locations=[
+        'mmdet_softnms.models.roi_heads',
+        'mmdet_softnms.models.dense_heads',
+        'mmdet_softnms.models.tta',
+        'mmdet_softnms.models.rfcn',
+        'mmdet_softnms.models.caffe',
+    ],
 )
 TASK_UTILS = Registry(
     'task util', parent=root.TASK_UTILS, scope='mmdet_softnms', locations=['mmdet_softnms.models.caffe']
@@ -208,7 +214,8 @@ class _Misplaced:
             f"{self._name} cannot stand where mmdet takes mmcv's functions only: write type='nms' in rpn.nms (soft "
             "proposals lose AP) and tta_model=dict(type='mmdet_softnms.SoftNMSTTAModel', ...) for test-time "
             'augmentation; other rules belong in test_cfg.rcnn.nms, beside a RoI head that takes them, as '
-            "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead')"
+            "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead'), or in test_cfg.nms beside "
+            "bbox_head=dict(type='mmdet_softnms.SoftNMSDenseHead', head=...)"
         )
 
 
@@ -251,7 +258,7 @@ def _registered() -> dict[str, list[str]]:
 
 
 def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
-    """Build the rule that ``test_cfg.rcnn.nms`` names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
+    """Build the rule that ``nms`` of a test_cfg names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
 
     None, which mmdet takes for no suppression, becomes one, too.
     An argument ``rule`` that is a dict is a rule inside a rule, and built as well.
@@ -276,7 +283,7 @@ def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
         rule: Rule = cls(**arguments)
     except TypeError as error:
         remedy = _meant(error, cls) or '. Keys of the base config are merged in unless the dict says _delete_=True.'
-        raise TypeError(f'test_cfg.rcnn.nms = {dict(nms_cfg)} does not fit its rule: {error}{remedy}') from error
+        raise TypeError(f'nms = {dict(nms_cfg)} of test_cfg does not fit its rule: {error}{remedy}') from error
     if not callable(rule):
         raise TypeError(f'nms.type={kind!r} is not a suppression rule: use mmdet_softnms.SoftNMS or one of your own')
     return rule

@@ -82,6 +82,12 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         metavar='FILE',
         help='tables for papers: NAME.csv (unrounded), NAME.tex, NAME.md, each with NAME_per-class.* beside it',
     )
+    parser.add_argument('--tta', action='store_true', help="union of the views of the config's tta_pipeline")
+    parser.add_argument(
+        '--scales', nargs='+', default=(), metavar='480x800', help='union of these scales of each image'
+    )
+    parser.add_argument('--flip', action='store_true', help='with --scales: each flipped, too')
+    parser.add_argument('--views', nargs='+', type=int, default=(), help='only these views, numbered from 0')
     parser.add_argument('--store', help='candidates made elsewhere (a folder DIR/candidates/...), taken as they are')
     parser.add_argument('--processes', type=at_least(1), help='for sweeps; default: one a core where it is worth it')
     parser.add_argument(

@@ -23,11 +23,13 @@ import torch
 from numba import types
 from torch import Tensor
 
-from mmdet_softnms.ops import _cpu, weights
+from mmdet_softnms.ops import _cpu, _neighbours, weights
 from mmdet_softnms.ops._arguments import Parameters
-from mmdet_softnms.ops._cpu import _LANES, _compiled, _lanes_of, _sink, _weight_of
+from mmdet_softnms.ops._compiled import compiled
+from mmdet_softnms.ops._cpu import _LANES, _lanes_of, _sink, _weight_of
 from mmdet_softnms.ops._neighbours import _window
 
+_SOURCES = [weights.__name__, _cpu.__name__, _neighbours.__name__, __name__]  # all that is compiled into a kernel
 _LARGE = 512  # candidates of a class, on average
 
 
@@ -74,13 +76,15 @@ _one_compiles = threading.Lock()
 
 def kernel(weight: weights.Weight, strongest: bool = False) -> Any:
     """The compiled selection of a rule, as :func:`mmdet_softnms.ops._cpu.kernel`."""
-    compiled = _kernels.get((weight, strongest))
-    if compiled is not None:
-        return compiled
+    known = _kernels.get((weight, strongest))
+    if known is not None:
+        return known
     with _one_compiles:
         if (weight, strongest) not in _kernels:
             cached = weight.function.__module__ == weights.__name__
-            _kernels[weight, strongest] = _compiled(_selection_types, cached)(_selection(weight, strongest))
+            _kernels[weight, strongest] = compiled(_selection_types, cached=cached, sources=_SOURCES)(
+                _selection(weight, strongest)
+            )
     return _kernels[weight, strongest]
 
 

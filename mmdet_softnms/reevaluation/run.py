@@ -74,12 +74,13 @@ def reevaluate(
             raise ReevaluationError(
                 f'the images of {collected.store.folder} are not those of the test set in their order'
             )
+        candidates = candidates.of_views(request.views)
         rows = evaluate_all(
             candidates,
             settings,
             truth,
             work_dir=folder if request.work_dir else None,
-            identity=_identity(collected.store, truth, settings),
+            identity=_identity(collected.store, truth, settings, request.views),
             processes=request.processes,
             on_row=listener.on_row,
             say=listener.say,
@@ -222,7 +223,9 @@ def _given_store(
     return store
 
 
-def _identity(store: CandidateStore, truth: GroundTruth, settings: Sequence[Setting]) -> str | None:
+def _identity(
+    store: CandidateStore, truth: GroundTruth, settings: Sequence[Setting], views: Sequence[int]
+) -> str | None:
     """What finished rows depend on: candidates, objects, rules, code, and what it computes with.
 
     None where the code of a rule cannot be told: written in a notebook, say.
@@ -234,4 +237,4 @@ def _identity(store: CandidateStore, truth: GroundTruth, settings: Sequence[Sett
     code = code_of(*rules, *(weight.function for weight in weights.WEIGHTS.values()))
     if code.unknown:
         return None
-    return digest(files, libraries, mmdet.__version__, store.fingerprint, truth, code.files, code.live)
+    return digest(files, libraries, mmdet.__version__, store.fingerprint, truth, code.files, code.live, list(views))

@@ -18,7 +18,7 @@ from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError, did_you_mean
 from mmdet_softnms.ops import weights
-from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
+from mmdet_softnms.reevaluation.candidates.plug import family_of, family_of_head
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, name_of, words_of
@@ -90,10 +90,12 @@ class Setting:
         written = dict(type=f'mmdet_softnms.{head.split(".")[-1]}') if isinstance(head, str) else head
         head_arguments = ', '.join(f'{name}={value!r}' for name, value in written.items())
         nms = _written(self.rule)
+        family = family_of_head(written['type'])
+        opening, closing = (f'{family.key}=dict(', ')') if family.key else ('', '')
         return (
-            f'model = dict(\n    {ROI_HEADS.part}=dict({head_arguments}),\n'
-            f'    test_cfg=dict({ROI_HEADS.key}=dict('
-            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
+            f'model = dict(\n    {family.part}=dict({head_arguments}),\n    test_cfg=dict({opening}'
+            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms})'
+            f'{closing}))'
         )
 
 
@@ -144,7 +146,7 @@ def default_settings(
     ``class_agnostic``: boxes of different classes suppress each other in every row but the config's.
 
     Raises:
-        ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
+        ReevaluationError: a threshold is out of range, or the thresholds of the config are unusable.
     """
     check_thresholds(score_thr, max_per_img)
     rules: list[Rule] = [_baseline(class_agnostic), *_default_soft_rules(min_score, class_agnostic)]
@@ -155,13 +157,19 @@ def own_setting(cfg: Config) -> Setting:
     """The config's own setting.
 
     Raises:
-        ReevaluationError: ``test_cfg.rcnn`` of the config is unusable.
+        ReevaluationError: the thresholds of the config are unusable.
     """
+    family = family_of(cfg)
     try:
-        own = ROI_HEADS.test_cfg(cfg)
-        return Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
+        own = family.test_cfg(cfg)
+        if not family.key:  # what mmdet's dense heads take where nothing is written; YOLOX has no max_per_img
+            own = dict(score_thr=0.0, max_per_img=-1) | own
+        if cfg.get('views'):
+            own = {'score_thr': own['score_thr'], 'max_per_img': -1} | cfg.tta_model.tta_cfg
+        return Setting(build_rule(own['nms']), own['score_thr'], own['max_per_img'], source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReevaluationError(f"the config's own suppression (test_cfg.rcnn) cannot be used: {error}") from error
+        place = family.place.removeprefix('model.')
+        raise ReevaluationError(f"the config's own suppression ({place}) cannot be used: {error}") from error
 
 
 def _baseline(class_agnostic: bool) -> HardNMS:
