@@ -284,7 +284,8 @@ def _warn_of_inherited_threshold(rule: Rule, nms_cfg: ConfigDict) -> None:
     keys = list(nms_cfg)
     if not isinstance(rule, SoftNMS) or isinstance(rule, HardNMS) or 'iou_threshold' not in rule.params:
         return
-    if 'iou_threshold' in keys and keys.index('iou_threshold') < keys.index('method'):
+    # A dumped config has its keys in alphabetical order, whoever wrote them.
+    if keys[:2] == ['type', 'iou_threshold'] and 'method' in keys:
         warnings.warn(
             f'linear Soft-NMS decays above iou_threshold={nms_cfg["iou_threshold"]} here; if test_cfg.nms inherits '
             'that from the base config, write nms=dict(_delete_=True, ...) with a threshold for it (0.3 in the paper)',

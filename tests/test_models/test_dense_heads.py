@@ -202,6 +202,7 @@ def test_an_inherited_threshold_is_said_and_a_missing_rule_refused(recwarn):
     assert not warned(dict(type='mmdet_softnms.SoftNMS', method='gaussian'))  # does not use it
     assert not warned(dict(type='mmdet_softnms.HardNMS'))  # meant to
     assert not warned(dict(_delete_=True, type='mmdet_softnms.SoftNMS', method='linear', iou_threshold=0.6))
+    assert not warned(dict(_delete_=True, iou_threshold=0.3, method='linear', type='mmdet_softnms.SoftNMS'))  # dumped
     cfg = with_head(zoo_config('ATSSHead'), GAUSSIAN)
     cfg.model.test_cfg.pop('nms')
     with pytest.raises(TypeError, match='finds no nms in its test_cfg: model.test_cfg has to hold nms='):
