@@ -75,14 +75,16 @@ def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
     from mmdet_softnms.export import ExportError
     from mmdet_softnms.reevaluation.candidates.plug import family_of
     from mmdet_softnms.registry import build_rule
-    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
+    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS, VotedNMS
 
     rule = build_rule(family_of(cfg).test_cfg(cfg).nms)
     if not isinstance(rule, MmcvNMS):
-        if type(rule).__call__ is not SoftNMS.__call__:
+        selects = rule.rule if type(rule) is VotedNMS else rule
+        if type(selects).__call__ is not SoftNMS.__call__:
             raise ExportError(
                 f'{type(rule).__module__}.{type(rule).__name__} selects in its own way, which the exported graph '
-                'cannot express; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in test_cfg.rcnn.nms'
+                'cannot express; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in test_cfg.rcnn.nms, alone or in '
+                'mmdet_softnms.VotedNMS'
             )
         return rule, []
     if rule.nms_type not in ('nms', 'soft_nms'):

@@ -182,7 +182,7 @@ def test_votes_are_compiled_in_one_graph() -> None:
     compiled = torch.compile(vote, fullgraph=True, backend='eager')
     assert torch.equal(compiled(boxes, scores, labels, keep), vote(boxes, scores, labels, keep))
     with pytest.raises(Exception, match='a selection by support cannot be compiled'):
-        torch.compile(ranked_soft_nms, backend='eager')(boxes, scores, labels, scores)
+        torch.compile(ranked_soft_nms, fullgraph=True, backend='eager')(boxes, scores, labels, scores)
 
 
 @pytest.mark.parametrize(
