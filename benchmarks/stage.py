@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.timing import check_device, finish, finished, in_turns, median
 from mmdet_softnms.post_process import post_process, to_candidates
-from mmdet_softnms.rules import HardNMS, SoftNMS
+from mmdet_softnms.rules import HardNMS, Rule, SoftNMS, VotedNMS
 
 NUM_PROPOSALS, NUM_CLASSES = 1000, 80
 STOCK, PARTS = "mmdet's own, hard", ('softmax and decode', 'threshold and gather', 'suppression')
@@ -59,7 +59,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def stages(score_thr: float, seed: int = 0, device: torch.device | None = None) -> dict[str, Callable[[], Any]]:
-    """What is timed at one ``score_thr``: mmdet's stage, ours under three rules, and the parts of ours."""
+    """What is timed at one ``score_thr``: mmdet's stage, ours under four rules, and the parts of ours."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from mmengine.config import ConfigDict
@@ -86,7 +86,7 @@ def stages(score_thr: float, seed: int = 0, device: torch.device | None = None) 
             (result,) = head.predict_by_feat((rois,), (logits,), (deltas,), [meta], rcnn_test_cfg=stock)
         return result
 
-    def with_rule(rule: SoftNMS) -> Callable[[], InstanceData]:
+    def with_rule(rule: Rule) -> Callable[[], InstanceData]:
         def stage() -> InstanceData:
             result = raw()
             detections = post_process(result.bboxes, result.scores, rule, score_thr, 100)
@@ -102,6 +102,7 @@ def stages(score_thr: float, seed: int = 0, device: torch.device | None = None) 
         'ours, gaussian': with_rule(gaussian),
         'ours, linear': with_rule(SoftNMS('linear')),
         'ours, hard': with_rule(HardNMS()),
+        'ours, voted': with_rule(VotedNMS(gaussian)),
         PARTS[0]: raw,
         PARTS[1]: lambda: to_candidates(once.bboxes, once.scores, score_thr),
         PARTS[2]: lambda: gaussian(candidates.bboxes, candidates.scores, candidates.labels, 100),

@@ -329,7 +329,7 @@ def _voted(
     labels: str,
     areas: str,
 ) -> str:
-    """(M, 4) boxes after the votes of all candidates; IoUs as (M, N) tables, float32 (to about 1e-6 of a coordinate)."""
+    """(M, 4) boxes after the votes of all candidates, to about 1e-6 of a coordinate; IoUs are (M, N) tables."""
     zero, one = graph.constant(0.0), graph.constant(1.0)
     columns, rows = graph.constant([1], np.int64), graph.constant([0], np.int64)
     chosen = graph('Gather', boxes, keep)

@@ -85,7 +85,9 @@ def _translations() -> dict[Any, Any]:
     try:
         from onnxscript import opset18 as op
     except ImportError as error:
-        raise ExportError("a whole detector needs onnxscript: pip install 'mmdet_softnms[export]'") from error
+        raise ExportError(
+            "a whole detector needs onnxscript; in the clone of mmdet_softnms: pip install '.[export]'"
+        ) from error
 
     def proposals(boxes: Any, scores: Any, levels: Any, iou_threshold: float, num: int) -> Any:
         number = op.ReduceMax(levels, keepdims=0) + op.Constant(value_int=1)

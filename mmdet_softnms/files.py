@@ -1,10 +1,12 @@
 """Errors of the tools and words for other errors, files written whole or not at all, and hashes."""
 
+import difflib
 import hashlib
 import json
 import os
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ def first_line(error: object) -> str:
     frames = traceback.extract_tb(getattr(error, '__traceback__', None))
     place = f' in {Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}' if frames else ''
     return f'{type(error).__name__}{place}'
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'gaussian'?"`` where a name is like one that there is, whatever its case; else nothing."""
+    by_lower = {one.lower(): one for one in known}
+    similar = difflib.get_close_matches(str(word).lower(), by_lower, 1)
+    return f'; did you mean {by_lower[similar[0]]!r}?' if similar else ''
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -2,7 +2,8 @@
 
 Raw (mmdet's ``rcnn_test_cfg=None`` contract), one image: ``boxes`` (R, 4K), or (R, 4) where box regression is
 class-agnostic; ``scores`` (R, K+1), background last. Candidates and detections are three tensors of one length each,
-:class:`Instances`; candidates come in the order of mmdet's ``multiclass_nms``: by RoI, then by class. Needs torch only.
+:class:`Instances`; candidates come in the order of mmdet's ``multiclass_nms``: by RoI, then by class. Dense heads give
+candidates at once (:func:`suppress_candidates`). Needs torch only.
 """
 
 import warnings
@@ -64,16 +65,20 @@ def drop_non_finite(candidates: Instances) -> tuple[Instances, int]:
     Returns:
         The candidates that stay, and how many were dropped.
     """
+    usable = _usable(candidates)
+    if bool(usable.all()):
+        return candidates, 0
+    return Instances(*(part[usable] for part in candidates)), int((~usable).sum())
+
+
+def _usable(candidates: Instances) -> Tensor:
     boxes = candidates.bboxes
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()  # the type the operator computes in
     sides = boxes[:, 2:] - boxes[:, :2]
     # Not a number and infinity fail the comparison, too. A quarter: room for an offset, and for the union of two.
-    usable = (sides[:, 0] * sides[:, 1]).abs() <= torch.finfo(boxes.dtype).max / 4
-    usable &= boxes.isfinite().all(dim=1) & candidates.scores.isfinite()
-    if bool(usable.all()):
-        return candidates, 0
-    return Instances(*(part[usable] for part in candidates)), int((~usable).sum())
+    small = (sides[:, 0] * sides[:, 1]).abs() <= torch.finfo(boxes.dtype).max / 4
+    return small & boxes.isfinite().all(dim=1) & candidates.scores.isfinite()
 
 
 def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) -> Instances:
@@ -81,22 +86,25 @@ def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) ->
 
     Args:
         candidates: with ``bboxes``, ``scores`` and ``labels``, finite, in the order of :func:`to_candidates` with any
-            threshold not above ``score_thr``.
+            threshold not above ``score_thr``. Where mmdet asks another number whether it is above ``score_thr`` than
+            the score, as dense heads do whose class score is multiplied by a factor: with that, ``class_scores``.
         rule: a rule from :mod:`mmdet_softnms.rules`.
-        score_thr: candidates with ``score > score_thr`` take part.
+        score_thr: candidates with ``score > score_thr`` (``class_score > score_thr``) take part.
         max_per_img: at most so many detections; 0 or less: no limit, as in mmdet.
 
     Returns:
-        Detections in selection order: ``bboxes`` (M, 4), refined where the rule does that, ``scores`` (M,) never increasing, ``labels`` (M,).
+        Detections in selection order: ``bboxes`` (M, 4), which a rule with ``refine`` may have moved; ``scores`` (M,)
+        never increasing; ``labels`` (M,).
     """
+    above = getattr(candidates, 'class_scores', candidates.scores) > score_thr
     candidates = Instances(candidates.bboxes, candidates.scores, candidates.labels)
-    above = candidates.scores > score_thr
     if not bool(above.all()):
         candidates = Instances(*(part[above] for part in candidates))
-    return _apply([candidates], rule, max_per_img)[0]
+    return _apply([candidates], rule, max_per_img)[0][0]
 
 
-def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[Instances]:
+def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[tuple[Instances, Tensor]]:
+    """Detections of each image, and where each stands among the candidates."""
     max_num = max_per_img if max_per_img > 0 else -1
     batch = getattr(rule, 'batch', None)
     if batch is None or len(images) == 1:
@@ -105,7 +113,12 @@ def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[In
         selected = batch(*(list(part) for part in zip(*images, strict=True)), max_num)
     refine = getattr(rule, 'refine', None)
     return [
-        Instances(image.bboxes[keep] if refine is None else refine(*image, keep, scores), scores, image.labels[keep])
+        (
+            Instances(
+                image.bboxes[keep] if refine is None else refine(*image, keep, scores), scores, image.labels[keep]
+            ),
+            keep,
+        )
         for image, (keep, scores) in zip(images, selected, strict=True)
     ]
 
@@ -155,9 +168,28 @@ def post_process(
         assert isinstance(scores, Tensor)
         return post_process([boxes], [scores], rule, score_thr, max_per_img, on_dropped)[0]
     images = [to_candidates(*raw, score_thr) for raw in zip(boxes, scores, strict=True)]
-    if not getattr(rule, 'keeps_non_finite', False):
-        finite = [drop_non_finite(image) for image in images]
-        images = [image for image, _ in finite]
-        if any(dropped := [count for _, count in finite]):
-            on_dropped(dropped)
-    return _apply(images, rule, max_per_img)
+    return [found for found, _ in suppress_candidates(images, rule, max_per_img, on_dropped)]
+
+
+def suppress_candidates(
+    images: Sequence[Instances],
+    rule: Rule,
+    max_per_img: int,
+    on_dropped: Callable[[Sequence[int]], None] = warn_of_dropped,
+) -> list[tuple[Instances, Tensor]]:
+    """Candidates to detections; arguments as in :func:`post_process`.
+
+    Returns:
+        Of each image the detections, and a tensor (M,) of int64: where each stands among the candidates.
+    """
+    if getattr(rule, 'keeps_non_finite', False):
+        return _apply(images, rule, max_per_img)
+    usable = [_usable(image) for image in images]
+    if all(bool(each.all()) for each in usable):
+        return _apply(images, rule, max_per_img)
+    on_dropped([int((~each).sum()) for each in usable])
+    finite = [Instances(*(part[each] for part in image)) for image, each in zip(images, usable, strict=True)]
+    return [
+        (found, each.nonzero()[:, 0][keep])
+        for (found, keep), each in zip(_apply(finite, rule, max_per_img), usable, strict=True)
+    ]

@@ -8,10 +8,15 @@ name up: no config needs ``custom_imports``, and mmdet is imported when a model 
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
+
+from mmdet_softnms import paper_rules
+from mmdet_softnms.files import did_you_mean
 from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS, SupportedNMS, VotedNMS
 
 _INSTALL = (
@@ -30,13 +35,20 @@ MODELS = Registry(
     'model',
     parent=root.MODELS,
     scope='mmdet_softnms',
-    locations=[f'mmdet_softnms.models.{name}' for name in ('roi_heads', 'rfcn', 'caffe', 'mxnet')],
+    locations=[
+        'mmdet_softnms.models.roi_heads',
+        'mmdet_softnms.models.dense_heads',
+        'mmdet_softnms.models.tta',
+        'mmdet_softnms.models.rfcn',
+        'mmdet_softnms.models.caffe',
+        'mmdet_softnms.models.mxnet',
+    ],
 )
 TASK_UTILS = Registry(
     'task util',
     parent=root.TASK_UTILS,
     scope='mmdet_softnms',
-    locations=[f'mmdet_softnms.models.{name}' for name in ('caffe', 'mxnet')],
+    locations=['mmdet_softnms.models.caffe', 'mmdet_softnms.models.mxnet'],
 )
 METRICS = Registry(
     'metric',
@@ -50,7 +62,22 @@ DATA_SAMPLERS = Registry(
     scope='mmdet_softnms',
     locations=['mmdet_softnms.reevaluation.candidates.forward'],
 )
-for _rule in (SoftNMS, HardNMS, VotedNMS, SupportedNMS, NoSuppression, MmcvNMS):
+_RULES: tuple[type, ...] = (
+    SoftNMS,
+    HardNMS,
+    VotedNMS,
+    SupportedNMS,
+    NoSuppression,
+    MmcvNMS,
+    paper_rules.MatrixNMS,
+    paper_rules.ClusterNMS,
+    paper_rules.FastNMS,
+    paper_rules.DIoUNMS,
+    paper_rules.GidarisNMS,
+    paper_rules.WeightedBoxesFusion,
+    paper_rules.NonMaximumWeighted,
+)
+for _rule in _RULES:
     TASK_UTILS.register_module(module=_rule)
 
 
@@ -191,7 +218,8 @@ class _Misplaced:
             f"{self._name} cannot stand where mmdet takes mmcv's functions only: write type='nms' in rpn.nms (soft "
             "proposals lose AP) and tta_model=dict(type='mmdet_softnms.SoftNMSTTAModel', ...) for test-time "
             'augmentation; other rules belong in test_cfg.rcnn.nms, beside a RoI head that takes them, as '
-            "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead')"
+            "roi_head=dict(type='mmdet_softnms.SoftNMSRoIHead'), or in test_cfg.nms beside "
+            "bbox_head=dict(type='mmdet_softnms.SoftNMSDenseHead', head=...)"
         )
 
 
@@ -234,7 +262,7 @@ def _registered() -> dict[str, list[str]]:
 
 
 def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
-    """Build the rule that ``test_cfg.rcnn.nms`` names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
+    """Build the rule that ``nms`` of a test_cfg names; stock types become :class:`mmdet_softnms.rules.MmcvNMS`.
 
     None, which mmdet takes for no suppression, becomes one, too.
     An argument ``rule`` that is a dict is a rule inside a rule, and built as well.
@@ -249,19 +277,40 @@ def build_rule(nms_cfg: Mapping[str, Any] | None) -> Rule:
     kind = _kind_of(nms_cfg)
     arguments = {name: value for name, value in nms_cfg.items() if name != 'type'}
     if is_stock(nms_cfg):
-        return MmcvNMS(kind, **arguments)
+        return _tried(MmcvNMS(kind, **arguments))
     if isinstance(kind, str) and kind.startswith('mmcv.ops.'):  # written out in full, or dumped by mmengine
-        return MmcvNMS(kind.rpartition('.')[2], **arguments)
+        return _tried(MmcvNMS(kind.rpartition('.')[2], **arguments))
     cls = resolve(kind, TASK_UTILS).cls
     if isinstance(arguments.get('rule'), Mapping):  # a rule inside a rule
         arguments['rule'] = build_rule(arguments['rule'])
     try:
         rule: Rule = cls(**arguments)
     except TypeError as error:
-        raise TypeError(
-            f'test_cfg.rcnn.nms = {dict(nms_cfg)} does not fit its rule: {error}. Keys of the base config are merged '
-            'in unless the dict says _delete_=True.'
-        ) from error
+        remedy = _meant(error, cls) or '. Keys of the base config are merged in unless the dict says _delete_=True.'
+        raise TypeError(f'nms = {dict(nms_cfg)} of test_cfg does not fit its rule: {error}{remedy}') from error
     if not callable(rule):
         raise TypeError(f'nms.type={kind!r} is not a suppression rule: use mmdet_softnms.SoftNMS or one of your own')
     return rule
+
+
+def _tried(rule: MmcvNMS) -> MmcvNMS:
+    """A stock rule that its function takes; mmcv itself would say so at the first image.
+
+    Raises:
+        TypeError: an argument that the function does not have, or one that is missing.
+    """
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])
+    try:
+        rule(boxes, boxes[:, 2] / 10, torch.zeros(2, dtype=torch.int64), -1)
+    except TypeError as error:
+        remedy = _meant(error, _mmcv_function(rule.nms_type))
+        if rule.nms_type == 'nms' and {'method', 'sigma', 'min_score'} & set(rule.params):
+            remedy = f"; for Soft-NMS write type='{TASK_UTILS.scope}.SoftNMS'"
+        raise TypeError(f"nms = {rule.params} does not fit mmcv's {rule.nms_type}: {error}{remedy}") from error
+    return rule
+
+
+def _meant(error: TypeError, function: Any) -> str:
+    """The parameter that a misspelt one is like."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return did_you_mean(found[1], inspect.signature(function).parameters) if found and callable(function) else ''

@@ -53,7 +53,7 @@ class SoftNMS:
         class_agnostic: bool = False,
         decay: Decay = 'product',
     ) -> None:
-        self._class_agnostic = _flag('class_agnostic', class_agnostic)
+        self._class_agnostic = is_flag('class_agnostic', class_agnostic)
         self._arguments = dict(
             method=method, iou_threshold=iou_threshold, sigma=sigma, min_score=min_score, offset=offset, decay=decay
         )
@@ -118,17 +118,16 @@ class VotedNMS:
     ) -> None:
         self.rule = SoftNMS() if rule is None else _wrapped(rule)
         check_tolerance(tolerance)
-        self._tolerance, self._first_only = tolerance, _flag('first_only', first_only)
-        self._class_agnostic = _flag('class_agnostic', class_agnostic)
-        if isinstance(rule, SupportedNMS):
-            moves = isinstance(rule.rule, VotedNMS)
-        else:
-            moves = hasattr(rule, 'refine')
+        self._tolerance, self._first_only = tolerance, is_flag('first_only', first_only)
+        self._class_agnostic = is_flag('class_agnostic', class_agnostic)
+        supported = isinstance(rule, SupportedNMS)
+        moves = isinstance(rule.rule, VotedNMS) if isinstance(rule, SupportedNMS) else hasattr(rule, 'refine')
         if moves:
             raise TypeError(f'VotedNMS cannot wrap {type(rule).__name__}, which moves boxes itself')
-        if first_only and isinstance(rule, SupportedNMS):
+        if first_only and supported:
             raise ValueError(
-                'first_only compares with the raw score, which SupportedNMS rescales; put it inside: SupportedNMS(rule=VotedNMS(...))'
+                'first_only compares with the raw score, which SupportedNMS rescales; put it inside: '
+                'SupportedNMS(rule=VotedNMS(first_only=True))'
             )
         self.params: dict[str, Any] = dict(rule=_nested(self.rule), tolerance=tolerance)
         self.params |= dict(first_only=True) if first_only else {}
@@ -150,8 +149,8 @@ class VotedNMS:
 
     def refine(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor, kept_scores: Tensor) -> Tensor:
         """(M, 4) boxes of the detections."""
-        inner = getattr(self.rule, 'rule', self.rule)
-        offset = inner.params.get('offset', 0)
+        inner: Rule = getattr(self.rule, 'rule', self.rule)
+        offset: Any = inner.params.get('offset', 0)
         groups = self._groups(labels)
         if not self._first_only:
             return vote(boxes, scores, groups, keep, tolerance=self._tolerance, offset=offset)
@@ -193,7 +192,7 @@ class SupportedNMS:
         check_support(power, prior)
         self._selects: SoftNMS = selects
         self._power, self._prior = power, prior
-        self._class_agnostic = _flag('class_agnostic', class_agnostic)
+        self._class_agnostic = is_flag('class_agnostic', class_agnostic)
         self.params: dict[str, Any] = dict(rule=_nested(self.rule), power=power, prior=prior)
         self.params |= dict(class_agnostic=True) if class_agnostic else {}
 
@@ -211,7 +210,7 @@ class SupportedNMS:
 
     def _quality(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
         groups = torch.zeros_like(labels) if self._class_agnostic else labels
-        offset = self._selects.params['offset']
+        offset: Any = self._selects.params['offset']
         return quality(boxes, scores, groups, power=self._power, prior=self._prior, offset=offset)
 
     def _inside_agnostic(self) -> bool:
@@ -299,7 +298,17 @@ def _wrapped(rule: Any) -> Rule:
     return inner
 
 
-def _flag(name: str, value: bool) -> bool:
+def is_flag(name: str, value: bool) -> bool:
+    """The value, or a TypeError that names it."""
     if not isinstance(value, bool):
         raise TypeError(f'{name} must be True or False, got {value!r}')
+    return value
+
+
+def in_range(name: str, value: float, low: float, high: float) -> float:
+    """The value, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    if not low <= value <= high:
+        raise ValueError(f'{name} must be in [{low:g}, {high:g}], got {value}')
     return value

@@ -4,15 +4,32 @@ import contextlib
 import copy
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmdet_softnms.reevaluation.candidates.store import Candidates, ImageCandidates
+from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.metrics import GroundTruth
+from mmdet_softnms.reevaluation.scoring.settings import Setting
+from mmdet_softnms.reevaluation.scoring.sweep import evaluate_all
+
+#: Of a detector, as far as settings need it.
+CFG = Config(
+    dict(
+        model=dict(
+            roi_head=dict(type='StandardRoIHead'),
+            test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5))),
+        )
+    )
+)
 
 
 def drawn_test_set(num_images: int = 30, num_classes: int = 4, seed: int = 0) -> tuple[Candidates, GroundTruth]:
@@ -72,3 +89,26 @@ def pycocotools_evaluation(truth: GroundTruth, results: Sequence[InstanceData]) 
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def picture_file(path: Path, size: tuple[int, int] = (500, 500)) -> str:
+    """A grey picture of a height and a width."""
+    cv2.imwrite(str(path), np.full((*size, 3), 90, np.uint8))
+    return str(path)
+
+
+def drawn_reevaluation(session: Session, settings: list[Setting], **options: Any) -> Reevaluation:
+    """The result of a run that was none."""
+    rows = evaluate_all(session.candidates, settings, session.truth)
+    about = dict(
+        dataset='Drawn <b>set</b>',
+        num_images=len(session.candidates),
+        num_candidates=session.candidates.num_candidates,
+        masks_left_out=False,
+        store='',
+        store_bytes=0,
+        forward_images=0,
+        forward_seconds=0.0,
+        notes=[],
+    )
+    return Reevaluation(**(about | options), rows=rows, session=session)

@@ -25,9 +25,12 @@ def test_config_is_built_dumped_and_reloaded(path, tmp_path):
     assert again.to_dict() == cfg.to_dict()
     model = MODELS.build(again.model)
     if 'soft-nms' in path.stem:
-        rule = model.roi_head._rule
+        dense = not hasattr(model, 'roi_head')
+        rule = (model.bbox_head if dense else model.roi_head)._rule
         assert rule.params['method'] == ('linear' if 'linear' in path.stem else 'gaussian')
-        assert rule.params['min_score'] == 1e-3 >= again.model.test_cfg.rcnn.score_thr
+        assert (
+            rule.params['min_score'] == 1e-3 >= (again.model.test_cfg if dense else again.model.test_cfg.rcnn).score_thr
+        )
 
 
 def test_a_config_is_a_swap_over_mmdets_own():

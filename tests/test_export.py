@@ -215,7 +215,7 @@ def test_stock_rules_are_exported_with_a_note(tmp_path):
     ('arguments', 'words'),
     [
         (('missing.py', 'out.onnx'), 'config missing.py does not exist'),
-        (('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'out.onnx'), 'no two-stage post-processing'),
+        (('mmdet::detr/detr_r50_8xb2-150e_coco.py', 'out.onnx'), 'no post-processing that can be exported'),
         ((DEMO, 'out.onnx', '--opset', 99), 'opset must be 17 to'),
         ((DEMO, 'out.onnx', '--num-rois', 0), '--num-rois: must be at least 1'),
         (
@@ -224,11 +224,11 @@ def test_stock_rules_are_exported_with_a_note(tmp_path):
         ),
         (
             (DEMO, 'out.onnx', '--cfg-options', 'model.test_cfg.rcnn.nms.type=mmdet_softnms.Missing'),
-            'no two-stage post-processing that can be exported',
+            'no post-processing that can be exported',
         ),
         ((DEMO, f'{__file__}/out.onnx'), 'test_export.py'),  # a folder that is a file
     ],
-    ids=['config', 'one stage', 'opset', 'rois', 'argument', 'rule', 'place'],
+    ids=['config', 'no suppression', 'opset', 'rois', 'argument', 'rule', 'place'],
 )
 def test_bad_input_is_one_clear_line(tmp_path, arguments, words):
     done = _export(*(tmp_path / one if one == 'out.onnx' else one for one in arguments))

@@ -15,7 +15,7 @@ files yaml_file
 locate
 ops.weights ops._compiled
 ops._arguments ops._derivative
-ops._reference ops._cpu ops._triton ops._triton_kernels ops._neighbours
+ops._reference ops._cpu ops._triton ops._triton_kernels ops._neighbours ops._eager
 ops._dispatch
 ops._operator
 ops._soft_nms
@@ -23,6 +23,7 @@ ops._batch
 ops._voting
 ops .
 rules
+paper_rules
 registry
 post_process
 checkpoint export

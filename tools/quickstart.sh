@@ -21,7 +21,7 @@ say 'Drawing the data set (about 10 s)'
 "$VENV/bin/python" tools/make_demo_dataset.py
 demo=configs/demo
 for run in faster-rcnn_r18-w16_fpn_demo faster-rcnn_r18-w16_fpn_demo-sparse faster-rcnn_r18-w16_fpn_demo-voc \
-  rfcn_r18-w16_demo rfcn_r18-w16_demo-voc; do
+  atss_r18-w16_fpn_demo rfcn_r18-w16_demo rfcn_r18-w16_demo-voc; do
   say "Re-evaluating the embedded detector: $run (about 20 s)"
   "$VENV/bin/python" tools/reevaluate.py "$demo/$run.py" "$demo/${run%demo*}demo.pth" --work-dir "work_dirs/$run"
 done

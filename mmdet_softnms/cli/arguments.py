@@ -1,10 +1,12 @@
 """What the command lines share, of the standard library alone: no argument waits for torch to be checked."""
 
 import argparse
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 #: Modules of each extra of pyproject.toml that a command needs.
@@ -96,6 +98,19 @@ def start(args: argparse.Namespace, extra: str) -> None:
         sys.exit(f'error: {error}')
     args.cfg_options = config_options(args.cfg_options)
     warnings.filterwarnings('ignore', category=UserWarning, module='mmengine|mmdet|mmcv|torch')
+
+
+def cannot_write(error: OSError, work_dir: Path) -> str:
+    """One line for a work directory that cannot be written; empty where an error is of something else."""
+    kinds = PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError
+    if not (isinstance(error, kinds) or error.errno == errno.EROFS) or error.filename is None:
+        return ''
+    path, folder = Path(error.filename).absolute(), work_dir.absolute()
+    if path != folder and folder not in path.parents and path not in folder.parents:
+        return ''
+    return (
+        f'error: {work_dir} cannot be written ({error.strerror}: {error.filename}); name another folder by --work-dir'
+    )
 
 
 def _is_installed(name: str) -> bool:

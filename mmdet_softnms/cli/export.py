@@ -73,15 +73,18 @@ def exported_rule(cfg: Any) -> tuple[Any, list[str]]:
         ExportError: a stock rule with an argument that no rule here has.
     """
     from mmdet_softnms.export import ExportError
+    from mmdet_softnms.reevaluation.candidates.plug import family_of
     from mmdet_softnms.registry import build_rule
-    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
+    from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS, VotedNMS
 
-    rule = build_rule(cfg.model.test_cfg.rcnn.nms)
+    rule = build_rule(family_of(cfg).test_cfg(cfg).nms)
     if not isinstance(rule, MmcvNMS):
-        if type(rule).__call__ is not SoftNMS.__call__:
+        selects = rule.rule if type(rule) is VotedNMS else rule
+        if type(selects).__call__ is not SoftNMS.__call__:
             raise ExportError(
                 f'{type(rule).__module__}.{type(rule).__name__} selects in its own way, which the exported graph '
-                'cannot express; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in test_cfg.rcnn.nms'
+                'cannot express; use mmdet_softnms.SoftNMS or mmdet_softnms.HardNMS in test_cfg.rcnn.nms, alone or in '
+                'mmdet_softnms.VotedNMS'
             )
         return rule, []
     if rule.nms_type not in ('nms', 'soft_nms'):
@@ -114,39 +117,51 @@ def run(args: argparse.Namespace) -> None:
     from mmdet_softnms.export import ExportError, post_process_to_onnx
     from mmdet_softnms.files import write_whole
     from mmdet_softnms.locate import read_config
+    from mmdet_softnms.reevaluation.candidates.plug import DENSE_HEADS, family_of
 
     cfg = read_config(args.config, args.cfg_options)
     try:
-        head, rcnn = cfg.model.roi_head.bbox_head, cfg.model.test_cfg.rcnn
+        family = family_of(cfg)
+        dense = family is DENSE_HEADS
+        head, thresholds = cfg.model[family.part], family.test_cfg(cfg)
+        head = head if dense else head.bbox_head
         head = head[-1] if isinstance(head, list) else head  # the last stage of a cascade
-        num_classes, class_agnostic = head.num_classes, bool(head.get('reg_class_agnostic', False))
+        num_classes, class_agnostic = head.num_classes, dense or bool(head.get('reg_class_agnostic', False))
+        max_per_img, score_thr = thresholds.get('max_per_img', -1), 0.0 if dense else thresholds.score_thr
         rule, remarks = exported_rule(cfg)
+        if dense and args.checkpoint is not None:
+            raise ExportError('of a dense head the post-processing alone can be exported: leave --checkpoint out')
+        if dense:
+            remarks.append(
+                'the candidates of a dense head, to which it has applied score_thr and nms_pre: a row of boxes each, '
+                'and in scores its score in the column of its class, 0 in the others'
+            )
     except ExportError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
-            f'{args.config} has no two-stage post-processing that can be exported ({type(error).__name__}: {error})'
+            f'{args.config} has no post-processing that can be exported ({type(error).__name__}: {error})'
         ) from error
-    max_per_img = rcnn.max_per_img if rcnn.max_per_img > 0 else -1  # mmdet: 0 and -1 both mean no limit
+    max_per_img = max_per_img if max_per_img > 0 else -1  # mmdet: 0 and -1 both mean no limit
     if args.checkpoint is None:
         model = post_process_to_onnx(
             rule,
             num_classes,
-            rcnn.score_thr,
+            score_thr,
             max_per_img,
             class_agnostic=class_agnostic,
             num_rois=args.num_rois,
             opset=args.opset,
         )
         num_rois = args.num_rois or 300
-        arguments = rule, num_classes, rcnn.score_thr, max_per_img, class_agnostic, num_rois
+        arguments = rule, num_classes, score_thr, max_per_img, class_agnostic, num_rois
         names = class_names(cfg)
         check = lambda content: compare(content, *arguments)  # noqa: E731
         what = 'the post-processing alone: the network is not in it'
     else:
         model, names, check = whole_detector(args, cfg, rule)
         what = f'the whole detector for images of {args.size[0]} x {args.size[1]} pixels'
-    describe(model, rule, names, rcnn.score_thr, max_per_img)
+    describe(model, rule, names, score_thr, max_per_img)
     content = model.SerializeToString()
     compared = check(content)
     write_whole(Path(args.out), content)  # only what has been run, where it can be
@@ -155,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f'written: {args.out}, {what}; {len(content):,} bytes, opset {args.opset}: {type(rule).__name__} '
         f'{rule.params}, {num_classes} classes{", class-agnostic boxes" if class_agnostic else ""}, '
-        f'score_thr {rcnn.score_thr:g}, max_per_img {max_per_img}'
+        f'score_thr {score_thr:g}, max_per_img {max_per_img}'
     )
     print(compared)
 

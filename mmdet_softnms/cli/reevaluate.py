@@ -11,19 +11,23 @@ has to be changed.
 """
 
 import argparse
+import functools
 import os
 import shlex
+import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, start
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, cannot_write, start
+from mmdet_softnms.cli.terminal import Terminal
 from mmdet_softnms.files import CheckpointError, ReevaluationError
 from mmdet_softnms.reevaluation.scoring.grid import expanded, read_spec
+
+TABLE_FORMATS = ('.csv', '.tex', '.md')  # of mmdet_softnms.reevaluation.report.export_table, which needs numpy
 
 
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -64,6 +68,26 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         default='auto',
         help="of --select: the config's val_dataloader, or k-fold over the test set; auto: val if it is another split",
     )
+    parser.add_argument(
+        '--paste-anyway',
+        action='store_true',
+        help='with --select: the lines to paste are those of the chosen setting, even if hard NMS is as good',
+    )
+    parser.add_argument(
+        '--out',
+        nargs='+',
+        action='extend',
+        default=[],
+        type=table_file,
+        metavar='FILE',
+        help='tables for papers: NAME.csv (unrounded), NAME.tex, NAME.md, each with NAME_per-class.* beside it',
+    )
+    parser.add_argument('--tta', action='store_true', help="union of the views of the config's tta_pipeline")
+    parser.add_argument(
+        '--scales', nargs='+', default=(), metavar='480x800', help='union of these scales of each image'
+    )
+    parser.add_argument('--flip', action='store_true', help='with --scales: each flipped, too')
+    parser.add_argument('--views', nargs='+', type=int, default=(), help='only these views, numbered from 0')
     parser.add_argument('--store', help='candidates made elsewhere (a folder DIR/candidates/...), taken as they are')
     parser.add_argument('--processes', type=at_least(1), help='for sweeps; default: one a core where it is worth it')
     parser.add_argument(
@@ -73,6 +97,9 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args(arguments)
+    args.work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
+    if args.paste_anyway and not args.select:
+        parser.error('--paste-anyway belongs to --select')
     if not 0 <= args.score_thr < 1:
         parser.error(f'--score-thr: score_thr must be in [0, 1), got {args.score_thr:g}')
     if not 0 <= args.min_score <= 1:
@@ -88,7 +115,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
 def sweep(text: str) -> str:
     """A grid as it was given, if it can be read; whether the rule exists is seen later."""
     try:
-        read = [read_spec(one) for one in expanded([text])][0]
+        read = next(read_spec(one) for one in expanded([text]))
     except ReevaluationError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if isinstance(read, Path) and not read.is_file():
@@ -96,77 +123,21 @@ def sweep(text: str) -> str:
     return text
 
 
-class Display:
-    """What is seen while it runs, on stderr: bars with the time left and, for a sweep, its best rows so far.
-
-    Drawn from this thread only: mmdet's VOC evaluation forks, and a fork must not meet another thread holding a lock.
-    """
-
-    def __init__(self, sweep: bool, quiet: bool) -> None:
-        from rich.console import Console, Group
-        from rich.live import Live
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._bars = Progress(
-            TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn('left'), TimeRemainingColumn(), auto_refresh=False,
-        )  # fmt: skip
-        self._group, self._sweep = Group, sweep
-        self._console = Console(stderr=True, quiet=quiet)
-        self.live = Live(self._bars, console=self._console, auto_refresh=False)
-        self._tasks: dict[str, Any] = {}
-        self._rows: list[Any] = []
-        self._drawn = 0.0
-
-    def __enter__(self) -> 'Display':
-        self.live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.live.stop()
-        if not self._console.is_terminal:  # rich leaves the last bar's line open there
-            self._console.print()
-
-    def say(self, line: str) -> None:
-        """Print a line above the bars, as it is: a path in it may look like markup."""
-        from rich.text import Text
-
-        self._console.print(Text(line), soft_wrap=True)
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Move a bar."""
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
-        if done == total or time.monotonic() - self._drawn > 0.1:
-            self.live.refresh()
-            self._drawn = time.monotonic()
-
-    def on_row(self, row: Any, done: int, total: int) -> None:
-        """Show a finished row."""
-        from mmdet_softnms.reevaluation.report.table import rows_table
-
-        self._rows.append(row)
-        if self._sweep and self._console.is_terminal:
-            best = sorted(self._rows, key=lambda one: -one.metrics['AP'])[:8]
-            self.live.update(self._group(rows_table(best, f'best of {done} so far', among=self._rows), self._bars))
-        self.progress('settings', done, total)
+def table_file(text: str) -> str:
+    """The name of a table of a known format; whether it can be written is seen later."""
+    if Path(text).suffix not in TABLE_FORMATS:
+        raise argparse.ArgumentTypeError(f'{text}: the name has to end in {", ".join(TABLE_FORMATS)}')
+    return text
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, terminal: Terminal) -> None:
     """Re-evaluate, print the table, write the files."""
     from mmengine.dist import is_main_process
 
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, load_checkpoint, local_checkpoint
     from mmdet_softnms.locate import read_config
     from mmdet_softnms.reevaluation.candidates.forward import start_processes
+    from mmdet_softnms.reevaluation.report.export_table import check_out
     from mmdet_softnms.reevaluation.request import Listener, Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
@@ -175,29 +146,32 @@ def run(args: argparse.Namespace) -> None:
     allow_unsafe_loading() if args.trust_checkpoint else forbid_unsafe_loading()
     checkpoint = local_checkpoint(args.checkpoint, trust=args.trust_checkpoint)  # fetched or asked for once
     load_checkpoint(checkpoint, trust=args.trust_checkpoint)  # before anything slow
-    work_dir = Path(args.work_dir or Path('work_dirs') / Path(args.config).stem)
     asked = {one.name: getattr(args, one.name) for one in fields(Request) if one.init and hasattr(args, one.name)}
-    request = Request(cfg, **asked | dict(checkpoint=checkpoint, work_dir=work_dir))
+    request = Request(cfg, **asked | dict(checkpoint=checkpoint))
+    check_out(args.out)
     start_processes(args.launcher)
-    with Display(sweep=bool(request.sweep), quiet=not is_main_process()) as display:
-        reevaluate(
-            request,
-            Listener(display.progress, display.on_row, display.say),
-            lambda result, selection: write(args, request, result, selection, display),
-        )
+    terminal.quiet = not is_main_process()
+    if not terminal.quiet:
+        terminal.keep_log(args.work_dir / 'reevaluation.log')
+        terminal.log(shlex.join(args.command))
+    reevaluate(
+        request,
+        Listener(terminal.progress, terminal.on_row, terminal.say),
+        lambda result, selection: write(args, request, result, selection, terminal),
+    )
 
 
-def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, display: Display) -> None:
-    """Everything a reader gets: the table on the screen, the JSON, the report."""
-    from rich.console import Console
-
+def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, terminal: Terminal) -> None:
+    """Everything a reader gets: verdict and table on the screen, the JSON, the report, the tables for papers."""
     from mmdet_softnms import __version__
     from mmdet_softnms.files import write_json
+    from mmdet_softnms.reevaluation.report import why
+    from mmdet_softnms.reevaluation.report.export_table import write_tables
     from mmdet_softnms.reevaluation.report.page import write_report
-    from mmdet_softnms.reevaluation.report.table import selection_text, to_table
+    from mmdet_softnms.reevaluation.report.table import to_table
+    from mmdet_softnms.reevaluation.report.verdict import selection_text, verdict_of
     from mmdet_softnms.reevaluation.scoring.sweep import forget_partial
 
-    display.live.stop()  # the table is printed below the bars
     work_dir = request.work_dir
     content = {
         'config': args.config,
@@ -205,29 +179,40 @@ def write(args: argparse.Namespace, request: Any, result: Any, selection: Any, d
         'version': __version__,
         **result.to_dict(),
     }
-    chosen = ''
+    chosen = verdict = details = ''
     if selection is not None:
-        content['selection'] = selection.to_dict()
-        chosen = selection_text(selection, result, request.cfg)
+        verdict = verdict_of(selection, result.rows).sentence
+        content['selection'] = {'verdict': verdict, **selection.to_dict()}
+        chosen = selection_text(selection, result, request.cfg, paste_anyway=args.paste_anyway)
+        details = chosen.removeprefix(verdict).strip('\n')
     write_json(work_dir / 'reevaluation.json', content)
-    out = Console()
-    Console(width=max(out.width, 200)).print(to_table(result, selection))
-    if chosen:
-        print(chosen)
+    if verdict:
+        terminal.print(f'{verdict}\n', 'bold')
+    most = max(shutil.get_terminal_size().lines - 15, 20) if terminal.out.isatty() else None
+    terminal.print_table(functools.partial(to_table, result, selection, most_rows=most))
+    if 'best' in result.errors or 'chosen' in result.errors:
+        terminal.print('\n'.join(why.lines(result.errors)) + '\n')
+    if details:
+        terminal.print(f'{details}\n')
     command = shlex.join(args.command)
     title = Path(args.config).stem
-    pages = write_report(work_dir, result, title=title, command=command, selection=selection, selection_words=chosen)
+    pages = write_report(
+        work_dir, result, title=title, command=command, selection=selection, selection_words=chosen, cfg=request.cfg,
+        checkpoint=args.checkpoint,
+    )  # fmt: skip
+    tables = write_tables(args.out, result, selection, title=title)
     forget_partial(work_dir)
-    print(f'written: {work_dir / "reevaluation.json"}, {", ".join(page.name for page in pages)}')
+    written = [str(work_dir / 'reevaluation.json'), *(page.name for page in pages), *map(str, tables)]
+    terminal.print(f'written: {", ".join(written)}')
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, terminal: Terminal) -> None:
     """:func:`run`; what a signal raised ends it even where mmengine made another error of it.
 
     Its Runner writes the config into the log, and calls a SyntaxError whatever is raised meanwhile.
     """
     try:
-        run(args)
+        run(args, terminal)
     except Exception as error:
         stopped: BaseException | None = error
         while stopped is not None and not isinstance(stopped, (KeyboardInterrupt, SystemExit)):
@@ -251,15 +236,17 @@ def _terminated(number: int, frame: object) -> None:
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run; one clear line and a non-zero exit status for bad input, nothing half-written ever."""
     args = parse_args(arguments, prog)
-    start(args, 'reevaluate')
-    _listen_to_scheduler()
     try:
-        _run(args)
+        with Terminal(sweep=bool(args.sweep or args.select)) as terminal:
+            start(args, 'reevaluate')
+            _listen_to_scheduler()
+            _run(args, terminal)
     except (ReevaluationError, CheckpointError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:
         sys.exit(
-            f'error: {error}; earlier results are intact, and finished shards and rows are taken up by the next run'
+            cannot_write(error, args.work_dir)
+            or f'error: {error}; earlier results are intact, and finished shards and rows are taken up by the next run'
         )
     except KeyboardInterrupt:
         print(

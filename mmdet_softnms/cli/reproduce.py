@@ -13,14 +13,16 @@ public, other data, other weights, or other settings than the published ones).
 
 import argparse
 import difflib
+import functools
 import platform
 import sys
-import time
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.cli.arguments import Parser, add_cfg_options, start
+from mmdet_softnms.cli.arguments import Parser, add_cfg_options, cannot_write, start
+from mmdet_softnms.cli.terminal import Terminal
 from mmdet_softnms.files import CheckpointError, ReevaluationError
 
 # A clone, or where a wheel carries the configs (pyproject.toml: .mim).
@@ -50,26 +52,22 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     return args
 
 
-def print_list(models: dict[str, Any]) -> None:
-    """Every model with what is published for it."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(caption='tolerance in points; -: not comparable, see the metafile', caption_justify='left')
-    for column in ('name', 'row', 'metric', 'published %', 'tolerance', 'split', 'source'):
-        table.add_column(column, overflow='fold', no_wrap=column == 'name')
+def listing(models: dict[str, Any]) -> str:
+    """Every model with what is published for it, in lines of a terminal."""
+    lines = []
     for model in models.values():
-        for number, one in enumerate(model.published):
-            tolerance = '-' if one.tolerance is None else f'{one.tolerance:g}'
-            name = model.name if number == 0 else ''
-            cells = (name, one.row_label, one.metric, f'{one.value:g}', tolerance, one.split, one.source)
-            table.add_row(*map(Text, cells))  # as it is: what a metafile holds may look like markup
-        if not model.published:
-            cells = (model.name, '', '', '', '-', model.split.name, f'no published number: {model.unpublished}')
-            table.add_row(*map(Text, cells))
-    console = Console()
-    Console(width=max(console.width, 180)).print(table)
+        lines.append(f'{model.name} ({model.split.name})')
+        published = [
+            f'{one.row_label}: {one.metric} {one.value:g} %, '
+            f'{"not comparable" if one.tolerance is None else f"within {one.tolerance:g} points"}'
+            f'{"" if one.split == model.split.name else f", on {one.split}"}; {one.source}'
+            for one in model.published
+        ]
+        for one in published or [f'no published number: {model.unpublished}']:
+            lines.append(
+                textwrap.fill(one, 79, initial_indent='    ', subsequent_indent='      ', break_long_words=False)
+            )
+    return '\n'.join(lines)
 
 
 def load_config(model: Any, args: argparse.Namespace) -> Any:
@@ -92,54 +90,39 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
     return cfg
 
 
-def measure(cfg: Any, checkpoint: Path, work_dir: Path, trust_checkpoint: bool = False) -> Any:
-    """Re-evaluate, with a progress bar drawn from this thread: mmdet's VOC evaluation forks."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
+def measure(cfg: Any, checkpoint: Path, work_dir: Path, terminal: Terminal, trust_checkpoint: bool = False) -> Any:
+    """Re-evaluate, and show how far it is."""
     from mmdet_softnms.reevaluation.request import Listener, Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
-    bar = Progress(console=Console(stderr=True), auto_refresh=False)
-    tasks: dict[str, Any] = {}
-    drawn = 0.0
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal drawn
-        if what not in tasks:
-            tasks[what] = bar.add_task(escape(what), total=total)
-        bar.update(tasks[what], completed=done)
-        if done == total or time.monotonic() - drawn > 0.1:
-            bar.refresh()
-            drawn = time.monotonic()
-
-    with bar:
-        request = Request(cfg, checkpoint, work_dir, trust_checkpoint=trust_checkpoint)
-        return reevaluate(request, Listener(progress))
+    request = Request(cfg, checkpoint, work_dir, trust_checkpoint=trust_checkpoint)
+    return reevaluate(request, Listener(terminal.progress, terminal.on_row, terminal.say))
 
 
-def to_table(model: Any, comparisons: Sequence[Any]) -> Any:
+def to_table(model: Any, comparisons: Sequence[Any], *, width: int = 80, plain: bool = False) -> Any:
     """Published beside measured, in %; below it, why one of them does not compare where others do."""
-    from rich.table import Table
     from rich.text import Text
+
+    from mmdet_softnms.reevaluation.report.table import GAP, empty_table
 
     notes = dict.fromkeys(one.reason for one in comparisons if one.verdict == 'not comparable')
     if all(one.verdict == 'not comparable' for one in comparisons):
         notes = {}  # the verdict says it
-    table = Table(
-        title=Text(f'{model.name} on {model.split.name}', 'table.title'),
-        caption=Text('\n'.join(notes), 'table.caption'),
-        caption_justify='left',
-    )
-    for column in ('row', 'metric', 'published', 'measured', 'difference', 'tolerance', 'verdict'):
-        table.add_column(column, no_wrap=True)
+    lines = [('row', 'metric', 'published', 'measured', 'difference', 'tolerance', 'verdict')]
     for one in comparisons:
         published = one.published
         numbers = [published.value, one.measured, one.difference, published.tolerance]
         formats = ('{:g}', '{:.2f}', '{:+.2f}', '{:g}')
         cells = ['-' if number is None else text.format(number) for text, number in zip(formats, numbers, strict=True)]
-        table.add_row(*map(Text, (published.row_label, published.metric, *cells, one.verdict)))
+        lines.append((published.row_label, published.metric, *cells, one.verdict))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[0] = max(min(widths[0], width - sum(widths[1:]) - GAP * (len(widths) - 1)), 12)  # what is longer is folded
+    table = empty_table(f'{model.name} on {model.split.name}', '\n'.join(notes), plain)
+    for number, (name, wide) in enumerate(zip(lines[0], widths, strict=True)):
+        right = 2 <= number <= 5
+        table.add_column(name, width=wide, overflow='fold', justify='right' if right else 'left', no_wrap=number > 0)
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))  # as it is: what a metafile holds may look like markup
     return table
 
 
@@ -156,10 +139,8 @@ def versions() -> dict[str, str]:
     return {'python': platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Check, measure, compare, write; the exit status."""
-    from rich.console import Console
-
     from mmdet_softnms.checkpoint import allow_unsafe_loading, forbid_unsafe_loading, local_checkpoint
     from mmdet_softnms.files import sha256, write_json
     from mmdet_softnms.reevaluation import reproduction
@@ -168,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     index = Path(args.metafile) if args.metafile else PROJECT / 'model-index.yml'
     models = reproduction.load_models(index, PROJECT)
     if args.list:
-        print_list(models)
+        terminal.print(listing(models))
         return 0
     if args.name not in models:
         similar = difflib.get_close_matches(args.name, models, n=3)
@@ -202,17 +183,19 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         for one in model.published:
             state = f'within {one.tolerance:g}' if one.tolerance is not None else f'not comparable: {one.because}'
-            print(f'published: {one.row_label} {one.metric} {one.value:g} on {one.split}, {state}')
-        print(f'dry run: config, data ({model.split.name}) and weights ({checkpoint}) are there and fit')
+            terminal.print(f'published: {one.row_label} {one.metric} {one.value:g} on {one.split}, {state}')
+        terminal.print(f'dry run: config, data ({model.split.name}) and weights ({checkpoint}) are there and fit')
         if not caveats and any(one.tolerance is not None for one in model.published):
-            print('a run would compare')
+            terminal.print('a run would compare')
             return 0
         why = '; '.join(caveats) or model.unpublished or 'see above'
-        print(f'a run would not be comparable: {why}')
+        terminal.print(f'a run would not be comparable: {why}')
         return STATUS['not comparable']
 
-    work_dir = Path(args.work_dir or Path('work_dirs/reproduce') / model.name)
-    result = measure(cfg, checkpoint, work_dir, args.trust_checkpoint)
+    work_dir = args.work_dir = Path(args.work_dir or Path('work_dirs/reproduce') / model.name)
+    terminal.keep_log(work_dir / 'reproduction.log')
+    terminal.log(f'reproduce {model.name} with {checkpoint}')
+    result = measure(cfg, checkpoint, work_dir, terminal, args.trust_checkpoint)
     comparisons = reproduction.compare(model, result.rows, caveats)
     verdict, reason = reproduction.overall(model, comparisons)
     content = {
@@ -231,25 +214,28 @@ def run(args: argparse.Namespace) -> int:
     write_json(work_dir / 'reproduction.json', content)
     forget_partial(work_dir)  # the next run measures again
     if comparisons:
-        Console(width=max(Console().width, 140)).print(to_table(model, comparisons))
+        terminal.print_table(functools.partial(to_table, model, comparisons))
     else:
         (own,) = (row.metrics for row in result.rows if row.source == 'config')
-        print(f'measured: {", ".join(f"{key} {100 * own[key]:.2f}" for key in ("AP", "VOC07_AP50") if key in own)}')
-    print(f'{verdict}: {reason}')
-    print(f'written: {work_dir / "reproduction.json"}')
+        numbers = ', '.join(f'{key} {100 * own[key]:.2f}' for key in ('AP', 'VOC07_AP50') if key in own)
+        terminal.print(f'measured: {numbers}')
+    terminal.print(f'{verdict}: {reason}', 'bold')
+    terminal.print(f'written: {work_dir / "reproduction.json"}')
     return STATUS[verdict]
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run; one clear line for each thing that is missing or wrong, nothing half-written ever."""
     args = parse_args(arguments, prog)
-    start(args, 'reevaluate')
     try:
-        return run(args)
+        with Terminal() as terminal:
+            start(args, 'reevaluate')
+            return run(args, terminal)
     except (ReevaluationError, CheckpointError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:
-        sys.exit(f'error: {error}; earlier results are intact')
+        work_dir = Path(args.work_dir or 'work_dirs/reproduce')
+        sys.exit(cannot_write(error, work_dir) or f'error: {error}; earlier results are intact')
     except KeyboardInterrupt:
         print('interrupted: nothing was written, earlier results are intact', file=sys.stderr)
         sys.exit(130)

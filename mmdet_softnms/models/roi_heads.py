@@ -5,11 +5,8 @@ applies :func:`mmdet_softnms.post_process.post_process`. It has no parameters, s
 unscoped ``nms.type`` is left to mmdet, so the same head is its own baseline.
 """
 
-import copy
 import functools
 import inspect
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import mmdet.registry
@@ -20,14 +17,14 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmdet_softnms.models.takes_rules import TakesRules, combined, plain_of
 from mmdet_softnms.post_process import post_process
-from mmdet_softnms.registry import MODELS, build_rule, explain_to_mmcv, is_stock, resolve
-from mmdet_softnms.rules import Rule
+from mmdet_softnms.registry import MODELS, explain_to_mmcv, resolve
 
 explain_to_mmcv()
 
 
-class SoftNMSMixin:
+class SoftNMSMixin(TakesRules):
     """Put before an mmdet RoI head in the bases: ``class MyRoIHead(SoftNMSMixin, StandardRoIHead)``.
 
     The head must follow mmdet's contract: ``predict_bbox(..., rcnn_test_cfg=None)`` returns every RoI's boxes (R, 4K)
@@ -41,7 +38,6 @@ class SoftNMSMixin:
         KeyError, TypeError, ValueError: ``test_cfg.nms`` names no registered rule or does not fit it.
     """
 
-    test_cfg: ConfigDict | None
     bbox_head: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,16 +45,7 @@ class SoftNMSMixin:
             check_arguments(type(self), set(kwargs))
         super().__init__(*args, **kwargs)
         _refuse_foreign_bbox_heads(type(self), self.bbox_head)
-        self._nms_cfg: ConfigDict | None = None
-        self._rule: Rule | None = None
-        self._warned = False
-        if self.test_cfg is not None:
-            if missing := [name for name in ('score_thr', 'nms', 'max_per_img') if name not in self.test_cfg]:
-                raise TypeError(
-                    f'{type(self).__name__} finds no {", ".join(missing)} in its test_cfg: model.test_cfg.rcnn has to '
-                    "hold score_thr, max_per_img and nms=dict(type='mmdet_softnms.SoftNMS')"
-                )
-            self._rule_of(self.test_cfg)  # what is wrong with it is said now, not at the first image
+        self.look_for_rule(('score_thr', 'max_per_img', 'nms'), 'model.test_cfg.rcnn')
 
     def predict_bbox(
         self,
@@ -73,7 +60,7 @@ class SoftNMSMixin:
 
         ``rcnn_test_cfg=None`` returns the raw results, as in mmdet.
         """
-        rule = self._rule_of(rcnn_test_cfg)
+        rule = self.rule_of(rcnn_test_cfg)
         results = super().predict_bbox(  # type: ignore[misc]
             x,
             batch_img_metas,
@@ -90,35 +77,9 @@ class SoftNMSMixin:
             rule,
             rcnn_test_cfg.score_thr,
             rcnn_test_cfg.max_per_img,
-            functools.partial(self._warn, batch_img_metas),
+            functools.partial(self.warn_of_dropped, batch_img_metas),
         )
         return [InstanceData(**image._asdict()) for image in images]
-
-    def _warn(self, batch_img_metas: list[dict[str, Any]], dropped: Sequence[int]) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        meta = next(meta for meta, count in zip(batch_img_metas, dropped, strict=True) if count)
-        warnings.warn(
-            f'{type(self).__name__} dropped {sum(dropped)} candidates whose box or score is not finite, or whose area '
-            f'overflows, first on image {meta.get("img_path") or meta.get("img_id")}: the network diverged in '
-            'training, or ran out of the range of its floating type. More of them are dropped without a word.',
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-    def _rule_of(self, rcnn_test_cfg: ConfigDict | None) -> Rule | None:
-        """The rule of ``rcnn_test_cfg.nms``; None where the suppression is mmdet's own business.
-
-        Built anew when the config has changed: in a notebook it is edited in place.
-        """
-        nms_cfg = None if rcnn_test_cfg is None else rcnn_test_cfg.get('nms')
-        if nms_cfg is None or is_stock(nms_cfg):
-            return None
-        if self._nms_cfg != nms_cfg:
-            self._rule = build_rule(nms_cfg)
-            self._nms_cfg = copy.deepcopy(nms_cfg)
-        return self._rule
 
 
 @MODELS.register_module()
@@ -171,11 +132,7 @@ def with_rules(head: type) -> type:
         raise TypeError(reason)
     if head in NAMED:
         return NAMED[head]
-    # Pickled and copied by way of the head's class: this one cannot be imported by name.
-    members: dict[str, Any] = dict(
-        __module__=__name__, __doc__=f'{head.__name__} with suppression by rule.', __reduce_ex__=_reduce
-    )
-    return type(f'SoftNMS{head.__name__}', (SoftNMSMixin, head), members)
+    return combined(SoftNMSMixin, head)
 
 
 def why_not(head: Any) -> str:
@@ -195,17 +152,9 @@ def why_not(head: Any) -> str:
     return ''
 
 
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    return _blank, (type(self).__bases__[1],), self.__dict__
-
-
-def _blank(head: type) -> Any:
-    made: Any = with_rules(head)
-    return made.__new__(made)
-
-
 def how_to_write(head: type) -> dict[str, Any]:
     """What a config writes for a head with rules: ``type``, and ``head`` where it has no class of its own."""
+    head = plain_of(head)
     made = with_rules(head)
     ours = resolve(made, mmdet.registry.MODELS)
     if made is head or made in NAMED.values():
@@ -250,7 +199,8 @@ def check_arguments(head: type, names: set[str]) -> None:
     if {'anchor_generator', 'in_channels', 'feat_channels'} & names:
         raise TypeError(
             f'{head.__name__} is a RoI head and cannot be the bbox_head of a one-stage detector; it takes no '
-            f'{", ".join(foreign)}. Rules work in two-stage detectors.'
+            f'{", ".join(foreign)}. Write '
+            "bbox_head=dict(type='mmdet_softnms.SoftNMSDenseHead', head=...) with the name of mmdet's head."
         )
     raise TypeError(
         f'{start}. It can be one of mmdet that has the predict_bbox of StandardRoIHead or CascadeRoIHead; Grid, '

@@ -2,8 +2,8 @@
 
 Modules from the lowest up, each importing only what stands before it: ``weights`` (one function a rule), ``_arguments``
 (types, checks, words of errors), ``_reference``, ``_cpu``, ``_triton`` (the paths), ``_dispatch`` (the path of a
-device), ``_operator`` (registered in torch, gradients), ``_soft_nms``, ``_batch``; ``_neighbours`` (numba) and ``_voting``, which
-look at all raw candidates round a selected one.
+device), ``_operator`` (registered in torch, gradients), ``_soft_nms``, ``_batch``; ``_voting`` (what all raw
+candidates say of a selected one), on the CPU with ``_neighbours``.
 """
 
 from mmdet_softnms.ops._batch import batched_soft_nms, warmup

@@ -32,7 +32,7 @@ def select(
 def path(device: torch.device) -> Any:
     """The module whose ``select`` serves a device; imported at the first call."""
     if device.type == 'cpu':
-        from mmdet_softnms.ops import _cpu  # numba takes longer to import than everything else here
+        from mmdet_softnms.ops import _eager  # numba takes longer to import than everything else here
 
-        return _cpu
+        return _eager
     return _triton if _triton.available(device) else _reference

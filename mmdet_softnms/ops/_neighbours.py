@@ -8,8 +8,8 @@ IoUs are computed at once, and in two dimensions large boxes lie in many cells.
 
 Sums are in float64 and in input order: windows are put back into that order first.
 
-Names: ``columns`` (5, size): x1, y1, x2, y2 and area of a class's members; ``reach`` (size,): the largest x2 up to each,
-``order`` (size,): the place of each among the members in input order; both only where they lie by their left edge.
+Names: ``columns`` (5, size): x1, y1, x2, y2 and area of a class's members; ``reach`` (size,): the largest x2 up to
+each, ``order`` (size,): the place of each among the members in input order; both only where they lie by the left edge.
 ``by_left`` (N,): all candidates by their left edge, or nothing where that was not worth it (:func:`by_left_edge`).
 """
 
@@ -22,7 +22,7 @@ from numba import types
 from mmdet_softnms.ops._compiled import compiled
 from mmdet_softnms.ops._cpu import _exp
 
-_WORTH_SORTING = 256  # members of a class, and a sixteenth as many questions about them
+_WORTH_SORTING = 256  # members of a class, and a question about them for 128 of them
 _BLOCK = 64  # members of whom it is noted together whether there is a hit among them
 
 _shared = numba.njit(nogil=True, error_model='numpy')  # compiled once, for both kernels
@@ -49,7 +49,7 @@ def _by_class(labels, num_classes, wanted):  # type: ignore[no-untyped-def]
 def by_left_edge(boxes: Any, num_classes: int, questions: int) -> Any:
     """``by_left`` for a number of questions about (N, 4) boxes."""
     num_boxes = len(boxes)
-    if num_boxes < _WORTH_SORTING * min(num_classes, 4) or 16 * questions < num_boxes:
+    if num_boxes < _WORTH_SORTING * num_classes or 128 * questions < num_boxes:
         return np.empty(0, np.int64)
     return np.argsort(boxes[:, 0])
 
@@ -178,7 +178,7 @@ def vote(boxes, scores, labels, num_classes, by_left, keep, tolerance, offset, v
         if wanted[c] == 0:
             continue
         start, size = starts[c], starts[c + 1] - starts[c]
-        by_edge = len(by_left) > 0 and size >= _WORTH_SORTING and 16 * wanted[c] >= size
+        by_edge = len(by_left) > 0 and size >= _WORTH_SORTING and 128 * wanted[c] >= size
         places = order[start : start + size]
         _lay_out(boxes, members[start : start + size], offset, by_edge, columns, reach, places)
         for at in range(of_class[c], of_class[c + 1]):

@@ -64,11 +64,12 @@ def padded_soft_nms(
         there: ``count`` is -1.
 
     Gradients flow from the returned scores to the input scores and boxes. A kept score is its input score times the
-    weights of the boxes of its class selected before it; who is selected, and in which order, is piecewise constant,
-    so its derivative is that of this product. It is undefined (and what is returned is one-sided) where scores tie, where two boxes are the strongest,
-    where an IoU is ``iou_threshold`` (the linear weight jumps there), where a score meets ``min_score``, and where
-    edges of two boxes coincide. ``hard``: 1 to the score, 0 to the boxes. First derivatives in backward mode only:
-    a second one raises, and this operator gives no tangents to ``torch.func.jvp`` (``soft_nms`` refuses it).
+    weights of the boxes of its class selected before it (``strongest``: of the nearest of them); who is selected, and
+    in which order, is piecewise constant, so its derivative is that of this product. It is undefined (and what is
+    returned is one-sided) where scores tie, where two boxes are the nearest, where an IoU is ``iou_threshold`` (the
+    linear weight jumps there), where a score meets ``min_score``, and where edges of two boxes coincide. ``hard``: 1
+    to the score, 0 to the boxes. First derivatives in backward mode only: a second one raises, and this operator gives
+    no tangents to ``torch.func.jvp`` (``soft_nms`` refuses it).
     """
     if _triton.available(scores.device):
         return _triton.soft_nms_triton(

@@ -130,8 +130,10 @@ def ranked_soft_nms(
         quality (Tensor[N]): in [0, 1], of :func:`quality`. ``min_score`` is compared with the current score alone.
 
     Raises:
-        NotImplementedError: an input requires a gradient.
+        NotImplementedError: an input requires a gradient, or this is being compiled.
     """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError('a selection by support cannot be compiled; call it outside of the compiled model')
     if torch.is_grad_enabled() and (boxes.requires_grad or scores.requires_grad):
         raise NotImplementedError('a selection by support has no gradients; call it under torch.no_grad()')
     parameters = Parameters(method, iou_threshold, sigma, min_score, max_num, offset, decay)

@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mmdet_softnms.files import did_you_mean
+
 where, exp, cos, sqrt = torch.where, torch.exp, torch.cos, torch.sqrt
 WORDS = {'where': where, 'exp': exp, 'cos': cos, 'sqrt': sqrt}
 
@@ -97,7 +99,8 @@ def get(method: str) -> Weight:
     """
     weight = WEIGHTS.get(method) if isinstance(method, str) else None
     if weight is None:
-        raise ValueError(f'method must be one of {", ".join(map(repr, WEIGHTS))}, got {method!r}')
+        known = ', '.join(map(repr, WEIGHTS))
+        raise ValueError(f'method must be one of {known}, got {method!r}{did_you_mean(method, WEIGHTS)}')
     return weight
 
 

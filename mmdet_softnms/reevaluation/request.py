@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.locate import local_checkpoint
 from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.reevaluation.candidates.views import with_views
 from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA
 from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, Setting, default_settings, sweep_settings
 
@@ -42,7 +43,7 @@ class Request:
     """One question to a detector: what would every other suppression have given?
 
     Attributes:
-        cfg: any mmdet config of a supported two-stage detector; not changed.
+        cfg: any mmdet config of a supported detector; not changed.
         checkpoint: its weights: a path, a URL, or whatever else mmengine's loader takes; afterwards the local file.
         work_dir: where candidates are stored, rows of an unfinished sweep are kept and mmengine logs; None: nowhere
             that stays. One run at a time may use it.
@@ -59,6 +60,9 @@ class Request:
         resamples: of its bootstrap, at least 1,000.
         tune_on: 'val': tune on the config's ``val_dataloader``, which costs a forward pass over it; 'folds': k-fold
             over the test set; 'auto': 'val' where it can be read and shares no image with the test set, else 'folds'.
+        tta: re-evaluate the union of the views of the config's ``tta_pipeline``.
+        scales: re-evaluate the union of these scales, as ``'480x800'``; with ``flip`` each flipped, too.
+        views: only those views of them, by number from 0 in the order of the pipeline; empty: all.
         settings: what is scored; follows from the others.
 
     Raises:
@@ -82,9 +86,19 @@ class Request:
     folds: int = 5
     resamples: int = 1000
     tune_on: str = 'auto'
+    tta: bool = False
+    scales: tuple[str, ...] = ()
+    flip: bool = False
+    views: tuple[int, ...] = ()
     settings: tuple[Setting, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        set_ = object.__setattr__  # as a frozen dataclass does it itself
+        set_(self, 'cfg', with_views(self.cfg, self.tta, self.scales, self.flip))
+        if self.views and not self.cfg.get('views'):
+            raise ReevaluationError('--views chooses among the views of --tta or --scales: give one of them')
+        if self.cfg.get('views') and self.select and self.tune_on != 'folds':
+            raise ReevaluationError('several views are chosen by folds over the test set: add --tune-on folds')
         plug(self.cfg, 0.0)  # before anything slow: is this a detector that can be plugged?
         if self.select is not None:
             check_choice(self.select, self.resamples)
@@ -93,7 +107,6 @@ class Request:
         thresholds = self.score_thr, self.max_per_img, self.min_score, self.class_agnostic
         sweep = tuple(self.sweep) or (DEFAULT_SWEEP if self.select else ())
         settings = sweep_settings(sweep, self.cfg, *thresholds) if sweep else default_settings(self.cfg, *thresholds)
-        set_ = object.__setattr__  # as a frozen dataclass does it itself
         set_(self, 'sweep', sweep)
         set_(self, 'settings', tuple(settings))
         set_(self, 'checkpoint', Path(local_checkpoint(self.checkpoint, trust=self.trust_checkpoint)))

@@ -41,6 +41,7 @@ class Reevaluation:
     notes: list[str]
     session: Session = field(repr=False)
     checkpoint_sha256: str = ''
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the compared rows, by report.why.errors_of
 
     @property
     def settings(self) -> list[Setting]:

@@ -24,6 +24,7 @@ from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.choice.plan import plan_choice
 from mmdet_softnms.reevaluation.choice.selection import Selection, choose
+from mmdet_softnms.reevaluation.report.why import errors_of
 from mmdet_softnms.reevaluation.request import Listener, Request
 from mmdet_softnms.reevaluation.result import Reevaluation, Session, no_candidates
 from mmdet_softnms.reevaluation.scoring import evaluators as configured
@@ -73,12 +74,13 @@ def reevaluate(
             raise ReevaluationError(
                 f'the images of {collected.store.folder} are not those of the test set in their order'
             )
+        candidates = candidates.of_views(request.views)
         rows = evaluate_all(
             candidates,
             settings,
             truth,
             work_dir=folder if request.work_dir else None,
-            identity=_identity(collected.store, truth, settings),
+            identity=_identity(collected.store, truth, settings, request.views),
             processes=request.processes,
             on_row=listener.on_row,
             say=listener.say,
@@ -89,6 +91,7 @@ def reevaluate(
         _add_configured(request, dataset, evaluators, session, rows, listener)
         result = _result(request, dataset, collected, session, rows)
         selection = choose(request, result, split, folder, listener) if request.select else None
+        result.errors = errors_of(result, selection)
         report(result, selection)
     return result
 
@@ -220,7 +223,9 @@ def _given_store(
     return store
 
 
-def _identity(store: CandidateStore, truth: GroundTruth, settings: Sequence[Setting]) -> str | None:
+def _identity(
+    store: CandidateStore, truth: GroundTruth, settings: Sequence[Setting], views: Sequence[int]
+) -> str | None:
     """What finished rows depend on: candidates, objects, rules, code, and what it computes with.
 
     None where the code of a rule cannot be told: written in a notebook, say.
@@ -232,4 +237,4 @@ def _identity(store: CandidateStore, truth: GroundTruth, settings: Sequence[Sett
     code = code_of(*rules, *(weight.function for weight in weights.WEIGHTS.values()))
     if code.unknown:
         return None
-    return digest(files, libraries, mmdet.__version__, store.fingerprint, truth, code.files, code.live)
+    return digest(files, libraries, mmdet.__version__, store.fingerprint, truth, code.files, code.live, list(views))

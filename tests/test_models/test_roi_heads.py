@@ -86,9 +86,13 @@ def test_a_rule_may_be_a_class():
     _assert_same(predict(ours), predict(build(plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN))))
 
 
-def test_masks_belong_to_the_surviving_boxes():
-    model = build(plugged(tiny_config('mask'), 'SoftNMSRoIHead', GAUSSIAN))
-    boxes_only = build(plugged(_without_masks(tiny_config('mask')), 'SoftNMSRoIHead', GAUSSIAN))
+VOTED = dict(type='mmdet_softnms.VotedNMS', tolerance=0.5, rule=GAUSSIAN)
+
+
+@pytest.mark.parametrize('nms', [GAUSSIAN, VOTED], ids=['selected', 'voted'])
+def test_masks_belong_to_the_surviving_boxes(nms):
+    model = build(plugged(tiny_config('mask'), 'SoftNMSRoIHead', nms))
+    boxes_only = build(plugged(_without_masks(tiny_config('mask')), 'SoftNMSRoIHead', nms))
     boxes_only.load_state_dict(model.state_dict(), strict=False)
     seen = {}
 
@@ -103,6 +107,11 @@ def test_masks_belong_to_the_surviving_boxes():
     torch.testing.assert_close(seen['rois'][:, 1:] * 2, survivors, rtol=0, atol=1e-3)
     for result in results:
         assert result.pred_instances.masks.shape == (len(result.pred_instances), 192, 256)
+    if nms is VOTED:  # other boxes than those that the rule inside selects, with the same scores
+        model.roi_head.test_cfg.nms = ConfigDict(GAUSSIAN)
+        for voted, selected in zip(results, predict(model), strict=True):
+            assert torch.equal(voted.pred_instances.scores, selected.pred_instances.scores)
+            assert (voted.pred_instances.bboxes - selected.pred_instances.bboxes).abs().max() > 0.1
 
 
 def _without_masks(cfg):

@@ -18,7 +18,7 @@ import torch
 
 import mmdet_softnms
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _compiled, _cpu, _reference, weights
+from mmdet_softnms.ops import _compiled, _cpu, _eager, _reference, weights
 from mmdet_softnms.ops._arguments import Parameters
 
 WARNING = 'compiles its kernels anew'
@@ -104,6 +104,36 @@ def test_lanes_of_exp_round_to_what_exp_rounds_to(sigma: float) -> None:
     np.testing.assert_array_equal(actual, expected)
 
 
+# --- each selection decays its neighbours at once --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('decay', ['product', 'strongest'])
+@pytest.mark.parametrize('method', ['linear', 'gaussian', 'hard'])
+def test_large_classes_give_the_same_bits_eagerly(monkeypatch: pytest.MonkeyPatch, method: str, decay: str) -> None:
+    """Sizes at which the layout is moved together several times; ties; classes; and the control that it was used."""
+    used: list[Any] = []
+    kernel = _eager.kernel
+    monkeypatch.setattr(_eager, 'kernel', lambda *key: used.append(key) or kernel(*key))
+    monkeypatch.setattr(_eager, '_LARGE', 20)
+    for num, classes, spread in ((20, 1, 1.0), (400, 1, 1.0), (300, 3, 0.3), (300, 1, 4.0)):
+        boxes, scores, labels = crowd(num)
+        boxes[::50, 2] = 1000  # reach across all others
+        boxes[1::40, 2] = boxes[1::40, 0]  # no area
+        scores = (scores * 40).floor() / 40
+        for max_num, min_score, offset in ((-1, 1e-3, 0.0), (-1, 0.0, 1.0), (num // 2, 0.3, 0.0)):
+            assert_equals_the_definition(
+                boxes * boxes.new_tensor(spread), scores, labels % classes, method=method, decay=decay,
+                max_num=max_num, min_score=min_score, offset=offset,
+            )  # fmt: skip
+    assert len(used) == 12
+    boxes, scores, labels = crowd(200)
+    soft_nms(boxes.double(), scores.double(), labels * 0, method=method, decay=decay)  # compiled for float64, too
+    assert len(used) == 13
+    soft_nms(boxes, scores, method=method, decay=decay, max_num=20)  # few are wanted
+    soft_nms(boxes, scores, labels * 100, method=method, decay=decay)  # small classes
+    assert len(used) == 13
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +169,7 @@ def runs_beside_others(kernel: Callable[..., int]) -> bool:
     def work() -> None:
         about_to_call.set()
         for _ in range(8):
-            kernel(boxes, scores, labels, 1, 0.0, 0.5, zero, zero, keep, kept)
+            kernel(boxes, scores, scores, labels, 1, 0.0, 0.5, zero, zero, keep, kept)
         returned.set()
 
     thread = threading.Thread(target=work)

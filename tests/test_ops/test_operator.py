@@ -62,7 +62,7 @@ class _Padded(torch.nn.Module):
 
 class _Public(torch.nn.Module):
     def forward(self, boxes, scores, labels):
-        keep, kept = soft_nms(boxes * 2, scores, labels, max_num=10, method='linear')
+        keep, kept = soft_nms(boxes * 2, scores, labels, max_num=10, method='linear', decay='strongest')
         return boxes[keep], kept * 2
 
 
@@ -136,7 +136,13 @@ def test_a_model_is_exported_for_any_number_of_boxes(model, strict):
 
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(
-    'options', [dict(min_score=0.05, max_num=12, offset=1), dict(min_score=0.0), dict(iou_threshold=0.5, sigma=0.2)]
+    'options',
+    [
+        dict(min_score=0.05, max_num=12, offset=1),
+        dict(min_score=0.0),
+        dict(iou_threshold=0.5, sigma=0.2),
+        dict(decay='strongest', min_score=0.0),
+    ],
 )
 @pytest.mark.parametrize('seed', range(3))
 def test_gradients_are_those_of_finite_differences(method, options, seed):

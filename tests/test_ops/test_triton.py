@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _arguments, _cpu, _dispatch, _reference, _triton, batched_soft_nms
+from mmdet_softnms.ops import _arguments, _dispatch, _eager, _reference, _triton, batched_soft_nms
 from tests.test_ops import triton_worker
 from tests.test_ops.test_soft_nms import (
     DEFAULTS,
@@ -152,6 +152,8 @@ def test_long_segments_change_chunks_often(runner: Runner, method: str, layout: 
         assert_same(trim(run(runner, boxes, scores, method=method, chunk=4)), expected)
         first = expected[0][:9], expected[1][:9]
         assert_same(trim(run(runner, boxes, scores, method=method, chunk=4, max_num=9)), first)
+        expected = reference(boxes, scores, method=method, decay='strongest')
+        assert_same(trim(run(runner, boxes, scores, method=method, decay='strongest', chunk=4)), expected)
 
 
 @pytest.mark.parametrize('dtype', FLOATS)
@@ -394,13 +396,15 @@ def instructions(ptx: str, kind: str) -> set[str]:
 
 @pytest.mark.parametrize('capability', [80, 90])
 @pytest.mark.parametrize('floating', ['fp32', 'fp64'])
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+    ('method', 'strongest'), [*((method, False) for method in METHODS), ('linear', True), ('gaussian', True)]
+)
 def test_compiles_without_fusion_and_with_exact_division(
-    compiler: ProcessPoolExecutor, capability: int, floating: str, method: str
+    compiler: ProcessPoolExecutor, capability: int, floating: str, method: str, strongest: bool
 ) -> None:
     """Down to machine code, by Triton's own assembler; only a run on a GPU shows more."""
     worker = 'tests.test_ops.triton_worker'
-    ptx = triton_worker.call(compiler, worker, 'compile_for', capability, floating, method, 64, False)
+    ptx = triton_worker.call(compiler, worker, 'compile_for', capability, floating, method, 64, False, strongest)
     divisions = {f'div.rn.{BITS[floating]}'} | ({'div.rn.f64'} if method == 'gaussian' else set())
     assert instructions(ptx, 'div') == divisions
     # float64's exp is libdevice's, which is written in multiply-adds; nothing else may have any.
@@ -477,7 +481,7 @@ def test_triton_that_does_not_work_is_worth_one_warning(pretend_gpu: pytest.Monk
 
 
 def test_every_device_gets_its_path(pretend_gpu: pytest.MonkeyPatch) -> None:
-    assert _dispatch.path(torch.device('cpu')) is _cpu
+    assert _dispatch.path(torch.device('cpu')) is _eager
     assert _dispatch.path(CUDA) is _triton
     assert _dispatch.path(torch.device('xpu')) is _reference
     pretend_gpu.setattr(_triton, '_version', lambda: ())

@@ -1,4 +1,4 @@
-"""Votes, support and the order by support against their definitions; the kernel, plain PyTorch, gradients, compilers."""
+"""Votes, support and the order by it against their definitions; the kernel, plain PyTorch, gradients, compilers."""
 
 import math
 from typing import Any
@@ -181,6 +181,8 @@ def test_votes_are_compiled_in_one_graph() -> None:
     keep = torch.arange(9)
     compiled = torch.compile(vote, fullgraph=True, backend='eager')
     assert torch.equal(compiled(boxes, scores, labels, keep), vote(boxes, scores, labels, keep))
+    with pytest.raises(Exception, match='a selection by support cannot be compiled'):
+        torch.compile(ranked_soft_nms, fullgraph=True, backend='eager')(boxes, scores, labels, scores)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,10 @@ def removes_half(iou: Any) -> Any:
     return 1 - iou
 
 
+def comes_back(iou: Any, iou_threshold: Any) -> Any:
+    return where(iou > iou_threshold, iou, 1)
+
+
 @pytest.mark.parametrize(
     ('function', 'removes', 'words'),
     [
@@ -230,3 +234,12 @@ def test_an_edited_weight_is_compiled_anew(tmp_path: Path) -> None:
     assert edited != text
     file.write_text(edited)
     assert run() == '[1.0, 0.25]'
+
+
+def test_the_strongest_decay_needs_a_weight_that_never_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
+    weights.register(comes_back)
+    box = torch.tensor([[0.0, 0, 4, 4]])
+    assert soft_nms(box, torch.ones(1), method='comes_back')[0].tolist() == [0]
+    with pytest.raises(ValueError, match="needs a weight that never rises with the IoU, and 'comes_back' does"):
+        soft_nms(box, torch.ones(1), method='comes_back', decay='strongest')

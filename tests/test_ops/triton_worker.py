@@ -73,7 +73,7 @@ def count_syncs(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
 WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'repeat_interleave', 'bincount', '_to_copy')
 
 
-def compile_for(capability: int, floating: str, method: str, table: int, fusion: bool) -> str:
+def compile_for(capability: int, floating: str, method: str, table: int, fusion: bool, strongest: bool = False) -> str:
     """The PTX of the selection kernel; no GPU needed."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -81,10 +81,11 @@ def compile_for(capability: int, floating: str, method: str, table: int, fusion:
 
     from mmdet_softnms.ops import _triton, _triton_kernels, weights
 
-    types = dict.fromkeys(('boxes', 'live', 'final'), f'*{floating}')
+    types = dict.fromkeys(('boxes', 'live', 'raw', 'final'), f'*{floating}')
     types |= dict.fromkeys(('order', 'starts', 'segments'), '*i64') | dict.fromkeys(('bad', 'picked'), '*i32')
     types |= dict.fromkeys(('iou_threshold', 'sigma', 'min_score', 'offset'), 'fp64') | {'max_num': 'i32'}
     constants = {**_triton_kernels.rule(weights.get(method)), 'CHUNK': _triton.CHUNK, 'TABLE': table}
+    constants['STRONGEST'] = strongest
     kernel = _triton_kernels.select
     signature = {name: types.get(name, 'constexpr') for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -177,9 +177,9 @@ def test_heads_that_cannot_be_plugged_are_refused(project, roi_head):
         plug(cfg, 0.0)
 
 
-def test_one_stage_detectors_are_refused():
-    with pytest.raises(ReevaluationError, match='RetinaNet has no roi_head'):
-        plug(Config(dict(model=dict(type='RetinaNet'))), 0.0)
+def test_detectors_without_a_head_that_predicts_boxes_are_refused():
+    with pytest.raises(ReevaluationError, match='SORT has no roi_head and no bbox_head'):
+        plug(Config(dict(model=dict(type='SORT'))), 0.0)
 
 
 @pytest.mark.parametrize(

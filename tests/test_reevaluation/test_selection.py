@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, image_ap, pool_folds, weighted_ap
 from mmdet_softnms.reevaluation.choice.selection import Difference, select
-from mmdet_softnms.reevaluation.report.table import selection_text
+from mmdet_softnms.reevaluation.report.verdict import selection_text
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects, match
 from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA, Evaluator

@@ -17,6 +17,7 @@ from mmdet_softnms.reevaluation.scoring.settings import (
     sweep_settings,
     varied_thresholds,
 )
+from mmdet_softnms.registry import TASK_UTILS, build_rule
 from mmdet_softnms.rules import HardNMS, SoftNMS
 
 CFG = Config(
@@ -48,6 +49,46 @@ def test_parameters_of_one_rule_are_crossed_and_rules_are_not():
     )
     # Hard NMS at 0.5 is the baseline, and not there twice.
     assert len(rows) == 4 + 2 + 1
+
+
+def test_rules_inside_a_rule(tmp_path):
+    specs = ('VotedNMS.tolerance=0.02,0.05', 'VotedNMS.rule.sigma=0.4', 'VotedNMS.rule.iou_threshold=0.3')
+    settings = settings_of(*specs, min_score=0.01)
+    soft = dict(type='SoftNMS', min_score=0.01, offset=0)
+    linear, gaussian = soft | dict(method='linear', iou_threshold=0.3), soft | dict(method='gaussian', sigma=0.4)
+    found = [(one.params['rule'], one.params['tolerance']) for one in settings[1:-1]]
+    assert found == [(linear, 0.02), (linear, 0.05), (gaussian, 0.02), (gaussian, 0.05)]
+    assert settings[3].label == 'VotedNMS rule=(SoftNMS gaussian sigma=0.4 min_score=0.01) tolerance=0.02'
+    pasted = dict(eval_config(settings[3].snippet('SoftNMSRoIHead')))['model']['test_cfg']['rcnn']['nms']
+    assert pasted.pop('_delete_') and build_rule(pasted).params == settings[3].rule.params
+    # The same from a file, and two rules deep.
+    path = tmp_path / 'sweep.yml'
+    path.write_text('rules: [{type: VotedNMS, tolerance: [0.02, 0.05], rule: {sigma: 0.4, iou_threshold: 0.3}}]')
+    assert [one.params for one in settings_of(str(path), min_score=0.01)] == [one.params for one in settings]
+    rows = _rows('VotedNMS.rule=SupportedNMS', 'VotedNMS.rule.power=4,8', 'VotedNMS.rule.rule.iou_threshold=0.4')
+    assert [(row['rule']['power'], row['rule']['rule']['iou_threshold']) for row in rows] == [(4, 0.4), (8, 0.4)]
+
+
+def eval_config(text):
+    names = {}
+    exec(text, {}, names)
+    return names
+
+
+def test_class_agnostic_rules_inside_a_rule_have_that_baseline():
+    settings = settings_of('VotedNMS.rule=HardNMS', 'VotedNMS.rule.class_agnostic=false,true')
+    assert [(one.name, one.class_agnostic) for one in settings[:-1]] == [
+        ('HardNMS', False), ('VotedNMS', False), ('HardNMS', True), ('VotedNMS', True)
+    ]  # fmt: skip
+
+
+def test_presets_stand_for_their_specs():
+    rows = _rows('recommended')
+    assert 15 <= len(rows) <= 25 and {'SupportedNMS'} & {row.get('rule', {}).get('type') for row in rows} == set()
+    everything = settings_of('all-rules')
+    rules = {name for name in TASK_UTILS.module_dict if name.endswith(('NMS', 'Fusion', 'Weighted'))}
+    assert {one.name for one in everything[:-1]} == rules - {'MmcvNMS'}  # which is mmdet's
+    assert len(settings_of('recommended', 'HardNMS.iou_threshold=0.6')) == len(rows) + 3
 
 
 def test_thresholds_are_crossed_with_everything_and_bring_their_baselines():

@@ -15,6 +15,8 @@ from mmdet_softnms.files import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / 'configs/demo/faster-rcnn_r18-w16_fpn_demo.py'
+DATA = ['test_dataloader.dataset.ann_file=']  # a test runs in a folder of its own, without data
+TRAINING = [f'{part}_dataloader.dataset.ann_file=' for part in ('train', 'val')]
 spec = importlib.util.spec_from_file_location('_mmdet_script', ROOT / 'tools/_mmdet_script.py')
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -51,15 +53,20 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-def test_names_and_flags(run):
+def test_names_and_flags(run, monkeypatch):
     checkpoint = DEMO.with_suffix('.pth')
-    options = ['--cfg-options', 'model.a=b.pth', 'c=missing.py', '--work-dir', 'w']
+    options = ['--cfg-options', 'a=b.pth', 'c=missing.py', *DATA, '--work-dir', 'w']
     assert run('test.py', DEMO, checkpoint, *options) == [str(DEMO), str(checkpoint), *options]
-    assert run('test.py', '--work-dir', 'w', DEMO, checkpoint.as_uri())[2:] == [str(DEMO), checkpoint.as_uri()]
-    (path,) = run('train.py', 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
-    assert Path(path).is_file() and run('train.py', 'faster-rcnn_r50_fpn_1x_coco', '--resume') == [path, '--resume']
+    uri = checkpoint.as_uri()
+    assert run('test.py', '--work-dir', 'w', DEMO, uri, '--cfg-options', *DATA)[2:4] == [str(DEMO), uri]
+    options = ['--resume', '--cfg-options', *TRAINING]
+    path, *rest = run('train.py', 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', *options)
+    assert Path(path).is_file() and rest == options
+    assert run('train.py', 'faster-rcnn_r50_fpn_1x_coco', *options) == [path, *options]
     assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'
-    assert run('test.py', DEMO, checkpoint, '--trust-checkpoint') == [str(DEMO), str(checkpoint)]
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
+    given = ['--cfg-options', *DATA]
+    assert run('test.py', DEMO, checkpoint, '--trust-checkpoint', *given) == [str(DEMO), str(checkpoint), *given]
     assert os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
 
 
@@ -76,6 +83,7 @@ def test_errors_are_one_line(run, tmp_path):
         raise TypeError("Scale must be a number or tuple of int, but got <class 'list'>")
 
     checkpoint = DEMO.with_suffix('.pth')
+    test, nms = ('test.py', DEMO, checkpoint, '--cfg-options', *DATA), 'model.test_cfg.rcnn.nms'
     for arguments, options, words in (
         (('test.py', 'no.py', checkpoint), {}, 'config no.py does not exist'),
         (('test.py', 'broken.py', checkpoint), {}, 'config broken.py cannot be read: SyntaxError'),
@@ -85,8 +93,21 @@ def test_errors_are_one_line(run, tmp_path):
         (('test.py', DEMO, 'page'), {}, 'checkpoint page is damaged (it is a web page): fetch it again'),
         (('train.py', DEMO, '--resume', 'page'), {}, 'checkpoint page is damaged'),
         (('test.py', DEMO, 'http://127.0.0.1:1/a.pth'), {}, 'checkpoint http://127.0.0.1:1/a.pth cannot be fetched'),
-        (('train.py', DEMO), dict(main=main), 'what the Runner reads is damaged'),
         (('test.py', 'lists.json', checkpoint), dict(main=resize), 'lists.json has lists where mmcv needs tuples'),
+        (('train.py', DEMO, '--cfg-options', *TRAINING), dict(main=main), 'what the Runner reads is damaged'),
+        # What mmengine would say below 500 lines of config, or not at all.
+        (('test.py', DEMO, checkpoint), {}, 'crowded.json of test_dataloader.dataset does not exist; put the data'),
+        ((*test, 'test_dataloader.dataset.type=CocoDatset'), {}, 'test_dataloader.dataset cannot be built'),
+        ((*test, f'{nms}.type=SoftNMS'), {}, "lacks its scope: write type='mmdet_softnms.SoftNMS'"),
+        ((*test, f'{nms}.sigma=0.5'), {}, "for Soft-NMS write type='mmdet_softnms.SoftNMS'"),
+        ((*test, f'{nms}.iou_thresh=0.5'), {}, "did you mean 'iou_threshold'?"),
+        ((*test, 'model.neck.type=FNP'), {}, 'the model of the config cannot be built'),
+        ((*test, 'model.neck.out_channels=8'), {}, f'{checkpoint} does not fit the config: neck.lateral_convs.0.conv'),
+        (
+            ('test.py', ROOT / 'configs/demo/rfcn_r18-w16_demo.py', checkpoint, '--cfg-options', *DATA),
+            {},
+            f'checkpoint {checkpoint} does not fit the config: rpn_head.',
+        ),
     ):
         said = run(*arguments, **options)
         assert said.startswith('error: ') and words in said and '\n' not in said

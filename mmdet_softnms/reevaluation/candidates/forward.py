@@ -21,7 +21,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info, init_dist, is_distributed
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -38,7 +38,13 @@ from mmdet_softnms.reevaluation.candidates.fingerprint import (
 )
 from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.images import ImageReader
-from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, check_classes, family_of, plug
+from mmdet_softnms.reevaluation.candidates.plug import (
+    MASK_PREFIXES,
+    check_classes,
+    family_of,
+    most_candidates,
+    plug,
+)
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected, ImageCandidates, find_stores
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
@@ -47,6 +53,7 @@ from mmdet_softnms.registry import DATA_SAMPLERS, METRICS
 #: set has 16 shards, so that several processes have something to do each.
 SHARD_SIZE = 64
 _FEWEST_SHARDS = 16
+_SHARD_ROWS = 4_000_000  # candidates a shard, at most: 150 MB of memory
 _run_numbers = itertools.count()
 
 
@@ -98,6 +105,10 @@ class CandidateCollector(BaseMetric):
                 scores=instances['scores'].detach().cpu().float(),
                 labels=instances['labels'].detach().cpu(),
             )
+            if 'class_scores' in instances:
+                candidates.class_scores = instances['class_scores'].detach().cpu().float()
+            if 'views' in instances:
+                candidates.views = instances['views'].detach().cpu()
             if not (candidates.bboxes.isfinite().all() and candidates.scores.isfinite().all()):
                 raise not_finite(sample)
             height, width = sample['ori_shape'][:2]
@@ -176,7 +187,8 @@ def collect(
         OSError: the store cannot be written; finished shards stay, and the next run takes them up.
     """
     dataset = build_test_set(cfg) if dataset is None else dataset
-    shard_size = shard_size or min(SHARD_SIZE, -(-len(dataset) // _FEWEST_SHARDS))
+    most = most_candidates(cfg)
+    shard_size = shard_size or min(SHARD_SIZE, -(-len(dataset) // _FEWEST_SHARDS), max(1, _SHARD_ROWS // (most or 1)))
     expected = Expected.of(dataset)
     plan: list[Any] = [None]
     if get_dist_info()[0] == 0:
@@ -185,6 +197,11 @@ def collect(
         )
         for line in lines:
             say(line)
+        if shards and most:
+            say(
+                f'at most {most:,} candidates an image (nms_pre of each level), so {len(dataset):,} images take up to '
+                f'{25 * most * len(dataset) / 1e9:.2g} GB; less where scores do not exceed {score_floor:g}'
+            )
         plan = [(str(store.folder), shards)]
     broadcast_object_list(plan)
     store_folder, shards = plan[0]
@@ -300,6 +317,7 @@ def _forward(
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model.module if isinstance(model, BaseTTAModel) else model
         check_classes(model, cfg, runner)
         family_of(cfg).leave_out_unused(model)
         # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.
@@ -338,7 +356,7 @@ def _known(error: Exception, cfg: Config, runner: Runner) -> str:
 
 
 def _refuse_values_that_are_not_finite(model: Any) -> None:
-    """Stop at the first image for which the RPN gives NaN: mmdet drops such proposals without a word.
+    """Stop at the first image for which the RPN or a dense head gives NaN: mmdet drops such boxes without a word.
 
     What the RoI head makes of NaN is seen by :class:`CandidateCollector`.
     """
@@ -355,8 +373,9 @@ def _refuse_values_that_are_not_finite(model: Any) -> None:
                     raise not_finite(batch[number].metainfo if number < len(batch) else {})
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    if getattr(model, 'rpn_head', None) is not None:
-        model.rpn_head.register_forward_hook(look)
+    for name in ('rpn_head', 'bbox_head'):  # a RoI head's bbox_head is not the model's
+        if isinstance(head := getattr(model, name, None), torch.nn.Module):
+            head.register_forward_hook(look)
 
 
 def not_finite(image: Mapping[str, Any]) -> ReevaluationError:

@@ -10,13 +10,16 @@ from typing import Any
 
 import mmdet.registry
 import torch
+from mmdet.models.dense_heads import RTMDetInsHead
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.models.places import check_places
-from mmdet_softnms.models.roi_heads import SoftNMSMixin, how_to_write
-from mmdet_softnms.registry import Resolved, default_scope_of, resolve
+from mmdet_softnms.models import dense_heads, roi_heads
+from mmdet_softnms.models.places import check_places, class_of
+from mmdet_softnms.models.takes_rules import TakesRules, plain_of
+from mmdet_softnms.reevaluation.candidates.views import wrapped
+from mmdet_softnms.registry import default_scope_of, resolve
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,27 @@ class Family:
 
     name: str
     part: str  # of the model: the head that suppresses
-    key: str  # of model.test_cfg, which holds score_thr, max_per_img and nms
-    columns: tuple[str, ...]  # what a candidate has
+    key: str  # of model.test_cfg, where score_thr, max_per_img and nms are; empty: in test_cfg itself
+    columns: tuple[str, ...]  # what a candidate has; the last ones where its head or the views give them
     unused: tuple[str, ...]  # modules of the head that no candidate depends on
     write: Callable[[type], dict[str, Any]]  # what a config writes for a head's class, so that it takes rules
+    why_not_stored: Callable[[type], str]  # why candidates of a head's class cannot be re-evaluated
 
-    def head(self, cfg: Config) -> Resolved:
+    def head(self, cfg: Config) -> type:
         """The class of a config's head.
 
         Raises:
-            ReevaluationError: there is no such class.
+            ReevaluationError: there is no such class, or it cannot take rules and is asked to.
         """
         try:
-            return resolve(cfg.model[self.part].type, mmdet.registry.MODELS, default_scope_of(cfg))
+            return class_of(cfg.model[self.part], default_scope_of(cfg))
         except (KeyError, TypeError, AttributeError) as error:
             raise ReevaluationError(f'model.{self.part}: {error}') from error
+
+    @property
+    def place(self) -> str:
+        """Where a config has its thresholds and its rule, in words."""
+        return f'model.test_cfg.{self.key}' if self.key else 'model.test_cfg'
 
     def test_cfg(self, cfg: Config) -> ConfigDict:
         """Where a config has its thresholds and its rule.
@@ -47,11 +56,10 @@ class Family:
         Raises:
             ReevaluationError: it has none.
         """
-        found = (cfg.model.get('test_cfg') or {}).get(self.key)
-        if not isinstance(found, dict):
-            raise ReevaluationError(
-                f'model.test_cfg.{self.key} is missing: it has to hold score_thr, max_per_img and nms'
-            )
+        found = cfg.model.get('test_cfg') or {}
+        found = found.get(self.key) if self.key else found
+        if not isinstance(found, dict) or not found:
+            raise ReevaluationError(f'{self.place} is missing: it has to hold score_thr, max_per_img and nms')
         return found
 
     def written(self, cfg: Config) -> dict[str, Any]:
@@ -62,12 +70,11 @@ class Family:
         """
         head = self.head(cfg)
         try:
-            lines = self.write(head.cls)
+            lines = self.write(head)
         except TypeError as error:
             raise ReevaluationError(str(error)) from error
-        other = cfg.model[self.part].get('head')
-        if other is not None and issubclass(head.cls, SoftNMSMixin):
-            lines['head'] = resolve(other, mmdet.registry.MODELS, default_scope_of(cfg)).type
+        if reason := self.why_not_stored(plain_of(head)):
+            raise ReevaluationError(reason)
         return lines
 
     def leave_out_unused(self, model: torch.nn.Module) -> None:
@@ -79,8 +86,9 @@ class Family:
 
     def num_classes(self, model: torch.nn.Module) -> int:
         """How many classes a model predicts."""
-        heads: Any = model.get_submodule(self.part).bbox_head
-        head: Any = heads[-1] if isinstance(heads, torch.nn.ModuleList) else heads
+        head: Any = model.get_submodule(self.part)
+        head = getattr(head, 'bbox_head', head)  # of a RoI head
+        head = head[-1] if isinstance(head, torch.nn.ModuleList) else head
         return int(head.num_classes)
 
 
@@ -90,7 +98,17 @@ ROI_HEADS = Family(
     key='rcnn',
     columns=('bboxes', 'scores', 'labels'),
     unused=('mask_head', 'mask_roi_extractor', 'mask_iou_head', 'point_head', 'feat_relay_head'),
-    write=how_to_write,
+    write=roi_heads.how_to_write,
+    why_not_stored=lambda head: '',
+)
+DENSE_HEADS = Family(
+    name='one-stage detectors',
+    part='bbox_head',
+    key='',
+    columns=('bboxes', 'scores', 'labels', 'class_scores'),
+    unused=(),
+    write=dense_heads.how_to_write,
+    why_not_stored=dense_heads.why_not_stored,
 )
 MASK_PREFIXES = tuple(f'{ROI_HEADS.part}.{name}.' for name in ROI_HEADS.unused)
 
@@ -102,24 +120,31 @@ def family_of(cfg: Config) -> Family:
         ReevaluationError: it belongs to none.
     """
     model = cfg.get('model') or {}
-    if not isinstance(model.get(ROI_HEADS.part), dict):
-        kind = model.get('type')
-        raise ReevaluationError(
-            f'the model {getattr(kind, "__name__", kind)} has no {ROI_HEADS.part}, and raw candidates are taken from '
-            'RoI heads only: use a two-stage detector'
-        )
-    return ROI_HEADS
+    for family in (ROI_HEADS, DENSE_HEADS):
+        if isinstance(model.get(family.part), dict):
+            return family
+    kind = model.get('type')
+    raise ReevaluationError(
+        f'the model {getattr(kind, "__name__", kind)} has no roi_head and no bbox_head, of which raw candidates are '
+        'taken: use the config of a two-stage or one-stage detector itself'
+    )
+
+
+def family_of_head(kind: Any) -> Family:
+    """The family of the type of a head that takes rules."""
+    cls = resolve(kind, mmdet.registry.MODELS).cls
+    return DENSE_HEADS if issubclass(cls, dense_heads.SoftNMSDenseMixin) else ROI_HEADS
 
 
 def plug(cfg: Config, score_floor: float) -> Config:
     """A copy of a config whose model returns every candidate with ``score > score_floor`` and suppresses nothing.
 
     Args:
-        cfg: any mmdet config with a supported RoI head; not changed.
+        cfg: any mmdet config with a supported RoI head or dense head; not changed.
         score_floor: smallest ``score_thr`` that will be applied to the candidates.
 
     Raises:
-        ReevaluationError: the model has no RoI head that can be plugged, or its config names a rule in a place that
+        ReevaluationError: the model has no head that can be plugged, or its config names a rule in a place that
             cannot take it.
     """
     family = family_of(cfg)
@@ -129,9 +154,9 @@ def plug(cfg: Config, score_floor: float) -> Config:
     except ValueError as error:
         raise ReevaluationError(str(error)) from error
     cfg = copy.deepcopy(cfg)
-    if not issubclass(head.cls, SoftNMSMixin):
-        if head.scope is None and 'head' in written:
-            written['head'] = head.cls  # which mmengine could not find by its name, where it is not in a module
+    if not issubclass(head, TakesRules):
+        if 'head' in written and resolve(head, mmdet.registry.MODELS).scope is None:
+            written['head'] = head  # which mmengine could not find by its name, where it is not in a module
         cfg.model[family.part].update(written)
     # A config dumped after its model was built repeats test_cfg in the head, and mmdet would merge the two.
     cfg.model[family.part].pop('test_cfg', None)
@@ -139,12 +164,29 @@ def plug(cfg: Config, score_floor: float) -> Config:
     thresholds.score_thr, thresholds.max_per_img = score_floor, -1
     thresholds.nms = ConfigDict(type='mmdet_softnms.NoSuppression')  # assigned, since ConfigDict.update merges
     cfg.default_scope = default_scope_of(cfg)
+    if cfg.get('views'):
+        cfg.model = wrapped(cfg.model)
     return cfg
 
 
 def has_mask_head(cfg: Config) -> bool:
-    """Whether the config's RoI head predicts masks, which re-evaluation leaves out."""
+    """Whether the config's head predicts masks, which re-evaluation leaves out."""
+    family = family_of(cfg)
+    if family is DENSE_HEADS:
+        return issubclass(family.head(cfg), RTMDetInsHead)
     return cfg.model.roi_head.get('mask_head') is not None
+
+
+def most_candidates(cfg: Config) -> int | None:
+    """How many candidates an image can have at most: ``nms_pre`` of each level of a dense head; None: not known."""
+    family = family_of(cfg)
+    nms_pre = family.test_cfg(cfg).get('nms_pre', -1) if family is DENSE_HEADS else -1
+    if nms_pre <= 0:
+        return None
+    head = cfg.model.bbox_head
+    generator = head.get('anchor_generator') or head.get('prior_generator') or head
+    strides = generator.get('strides') or head.get('point_strides') or head.get('featmap_strides') or range(5)
+    return int(nms_pre) * len(strides)
 
 
 def check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:

@@ -8,8 +8,11 @@ A store is a folder::
     ...
 
 Columns of a shard: ``img_id`` (int64 or string), ``height`` and ``width`` (int32, pixels of the original image), and
-six lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image),
-``score`` (float32) and ``label`` (int32). Values are the float32 the network gave, bit for bit; half precision would
+lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image),
+``score`` (float32) and ``label`` (int32). Where mmdet compares another number than the score with ``score_thr`` (the
+class score of a dense head, before a factor is multiplied in), there is ``class_score`` (float32), and ``class_score >
+score_thr`` holds for exactly the candidates that a live model with that ``score_thr`` has. Where images have several
+views, there is ``view`` (int32), its number. Values are the float32 the network gave, bit for bit; half precision would
 move AP. Parquet's byte-stream-split encoding and zstd make 21 raw bytes about 17. Nothing in it can run code when
 read.
 
@@ -20,8 +23,9 @@ but the candidates, so a run that was killed and taken up again, or spread over 
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,12 @@ from mmdet_softnms.files import ReevaluationError, write_whole
 
 FORMAT = 'mmdet_softnms candidates 1'
 _FLOATS = ('x1', 'y1', 'x2', 'y2', 'score')
+#: Columns that not every store has, by their names here.
+_EXTRAS = {'class_scores': ('class_score', np.float32), 'views': ('view', np.int32)}
 _LARGEST_MANIFEST = 1 << 24  # bytes
 _LARGEST_SHARD = 1 << 31  # bytes
 _MOST_IMAGES = 1 << 31
+_IN_MEMORY = 1 << 31  # bytes of candidates; more of them are mapped from a temporary file
 _MOST_CANDIDATES = 1 << 22  # of an image: 2,000 RoIs times LVIS' classes
 
 
@@ -47,7 +54,12 @@ class ImageCandidates:
 
     img_id: Any
     ori_shape: tuple[int, int]  # height, width in pixels
-    candidates: InstanceData  # bboxes (N, 4) float32 xyxy, scores (N,) float32, labels (N,) int64; on the CPU
+    #: bboxes (N, 4) float32 xyxy, scores (N,) float32, labels (N,) int64, and perhaps class_scores (N,) float32 and
+    #: views (N,) int64; on the CPU
+    candidates: InstanceData
+
+
+_ARRAYS = ('shapes', 'offsets', 'bboxes', 'scores', 'labels')
 
 
 @dataclass
@@ -60,6 +72,7 @@ class Candidates(Sequence[ImageCandidates]):
     bboxes: np.ndarray  # (N, 4) float32
     scores: np.ndarray  # (N,) float32
     labels: np.ndarray  # (N,) int64
+    extras: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) each: class_scores float32, views int64
 
     def __len__(self) -> int:
         return len(self.img_ids)
@@ -75,6 +88,7 @@ class Candidates(Sequence[ImageCandidates]):
             bboxes=torch.from_numpy(self.bboxes[rows]),
             scores=torch.from_numpy(self.scores[rows]),
             labels=torch.from_numpy(self.labels[rows]),
+            **{name: torch.from_numpy(values[rows]) for name, values in self.extras.items()},
         )
         height, width = map(int, self.shapes[index])
         return ImageCandidates(self.img_ids[index], (height, width), candidates)
@@ -84,32 +98,62 @@ class Candidates(Sequence[ImageCandidates]):
         """Candidates of all images together."""
         return len(self.scores)
 
+    def of_views(self, views: Sequence[int]) -> 'Candidates':
+        """Candidates of some views only, in the order they are in; of no view in particular: of all.
+
+        Raises:
+            ReevaluationError: there are no such views.
+        """
+        if not views:
+            return self
+        have = self.extras.get('views', np.zeros(0, np.int64))
+        if missing := sorted(set(views) - set(np.unique(have).tolist())):
+            known = ', '.join(map(str, np.unique(have).tolist())) or 'none: candidates of one scale have no views'
+            raise ReevaluationError(f'no candidate is of view {missing[0]}; stored are {known}')
+        chosen = np.isin(have, views)
+        counts = np.add.reduceat(np.append(chosen, 0), self.offsets[:-1]) * (np.diff(self.offsets) > 0)
+        return Candidates(
+            self.img_ids,
+            self.shapes,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.bboxes[chosen],
+            self.scores[chosen],
+            self.labels[chosen],
+            {name: values[chosen] for name, values in self.extras.items()},
+        )
+
     @classmethod
     def of(cls, images: Sequence[ImageCandidates]) -> 'Candidates':
         """Lay the candidates of single images end to end."""
         lengths = [len(image.candidates) for image in images]
         empty = InstanceData(bboxes=torch.empty(0, 4), scores=torch.empty(0), labels=torch.empty(0, dtype=torch.int64))
         parts = [image.candidates for image in images] or [empty]
+        extras = [name for name in _EXTRAS if name in parts[0]]
         return cls(
             [image.img_id for image in images],
             np.array([image.ori_shape for image in images], np.int32).reshape(-1, 2),
             np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-            *(torch.cat([part[key] for part in parts]).numpy() for key in ('bboxes', 'scores', 'labels')),
+            bboxes=torch.cat([part.bboxes for part in parts]).numpy(),
+            scores=torch.cat([part.scores for part in parts]).numpy(),
+            labels=torch.cat([part.labels for part in parts]).numpy(),
+            extras={name: torch.cat([part[name] for part in parts]).numpy() for name in extras},
         )
 
     def share(self, folder: Path) -> None:
         """Write the arrays so that other processes can map them into memory with :meth:`shared`."""
-        for name in ('shapes', 'offsets', 'bboxes', 'scores', 'labels'):
+        for name in _ARRAYS:
             np.save(folder / f'{name}.npy', getattr(self, name))
-        (folder / 'img_ids.json').write_text(json.dumps(self.img_ids))
+        for name, values in self.extras.items():
+            np.save(folder / f'{name}.npy', values)
+        (folder / 'img_ids.json').write_text(json.dumps([self.img_ids, list(self.extras)]))
 
     @classmethod
     def shared(cls, folder: Path) -> 'Candidates':
         """Map what :meth:`share` wrote; one copy in memory, however many processes look at it."""
         # Copy-on-write, because torch does not like arrays it may not write to.
-        names = ('shapes', 'offsets', 'bboxes', 'scores', 'labels')
-        arrays = [np.asarray(np.load(folder / f'{name}.npy', mmap_mode='c')) for name in names]
-        return cls(json.loads((folder / 'img_ids.json').read_text()), *arrays)
+        img_ids, extras = json.loads((folder / 'img_ids.json').read_text())
+        arrays = {name: np.asarray(np.load(folder / f'{name}.npy', mmap_mode='c')) for name in [*_ARRAYS, *extras]}
+        return cls(img_ids, extras={name: arrays.pop(name) for name in extras}, **arrays)
 
 
 @dataclass
@@ -136,9 +180,12 @@ class Expected:
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
             strange = labels.min() if labels.min() < 0 else labels.max()
             return f'holds label {strange}, but the test set has {self.num_classes} classes'
-        if len(scores) and not floor < scores.min() <= scores.max() <= 1 + 1e-6:
-            strange = scores.max() if scores.max() > 1 + 1e-6 else scores.min()
+        gates = candidates.extras.get('class_scores', scores)
+        if len(gates) and not floor < gates.min() <= gates.max() <= 1 + 1e-6:
+            strange = gates.max() if gates.max() > 1 + 1e-6 else gates.min()
             return f'holds a score of {strange:g}, outside ({floor:g}, 1]'
+        if len(scores) and not 0 <= scores.min() <= scores.max() <= 1 + 1e-6:
+            return f'holds scores from {scores.min():g} to {scores.max():g}, outside [0, 1]'
         return None
 
 
@@ -277,19 +324,46 @@ class CandidateStore:
 
     def load(self) -> Candidates:
         """Read everything into flat arrays."""
-        parts = list(self)
-        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        lengths, img_ids, shapes, extras = [], [], [], set(_EXTRAS)
+        for part in self:  # once to know how many there are: arrays are laid out once, and filled shard by shard
+            lengths.append(np.diff(part.offsets))
+            img_ids += part.img_ids
+            shapes.append(part.shapes)
+            extras &= set(part.extras)
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        kinds: dict[str, Any] = dict(bboxes=np.float32, scores=np.float32, labels=np.int64)
+        kinds |= {name: np.float32 if name == 'class_scores' else np.int64 for name in _EXTRAS if name in extras}
+        flat = {
+            name: _lay_out((int(offsets[-1]), 4) if name == 'bboxes' else (int(offsets[-1]),), kind, int(offsets[-1]))
+            for name, kind in kinds.items()
+        }
+        start = 0
+        for part in self:
+            for name, values in flat.items():
+                values[start : start + part.num_candidates] = part.extras.get(name, getattr(part, name, None))
+            start += part.num_candidates
         return Candidates(
-            [img_id for part in parts for img_id in part.img_ids],
-            np.concatenate([part.shapes for part in parts]),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ('bboxes', 'scores', 'labels')),
+            img_ids,
+            np.concatenate(shapes),
+            offsets,
+            bboxes=flat.pop('bboxes'),
+            scores=flat.pop('scores'),
+            labels=flat.pop('labels'),
+            extras=flat,
         )
 
     @property
     def num_bytes(self) -> int:
         """Size of all shards on disk."""
         return sum(self.path_of(shard).stat().st_size for shard in range(self.num_shards))
+
+
+def _lay_out(shape: tuple[int, ...], kind: Any, num_candidates: int) -> np.ndarray:
+    """An array to fill; of too many candidates for the memory, in a temporary file without a name."""
+    if num_candidates * 36 <= _IN_MEMORY:
+        return np.empty(shape, kind)
+    with tempfile.TemporaryFile() as file:
+        return np.asarray(np.memmap(file, kind, 'w+', shape=shape))
 
 
 def find_stores(folder: Path) -> list[CandidateStore]:
@@ -317,6 +391,9 @@ def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memor
         columns[name] = lists(flat.bboxes[:, position])
     columns['score'] = lists(flat.scores)
     columns['label'] = lists(flat.labels.astype(np.int32))
+    for key, values in flat.extras.items():
+        name, kind = _EXTRAS[key]
+        columns[name] = lists(values.astype(kind))
     table = pa.table(columns).replace_schema_metadata({'store': mark, 'shard': str(shard)})
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -325,8 +402,8 @@ def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memor
         row_group_size=len(images),
         compression='zstd',
         compression_level=3,
-        use_dictionary=['label.list.element'],
-        use_byte_stream_split=[f'{name}.list.element' for name in _FLOATS],
+        use_dictionary=[f'{name}.list.element' for name in ('label', 'view') if name in columns],
+        use_byte_stream_split=[f'{name}.list.element' for name in (*_FLOATS, 'class_score') if name in columns],
         write_statistics=False,
         write_page_checksum=True,
     )
@@ -345,6 +422,8 @@ def _decode(content: bytes, num_images: int) -> Candidates:
         raise ValueError(f'it has {metadata.num_rows} rows for {num_images} images')
     schema, ids = file.schema_arrow, (pa.int64(), pa.string())
     kinds = dict.fromkeys(_FLOATS, pa.float32()) | dict(label=pa.int32())
+    extras = {key: name for key, (name, _) in _EXTRAS.items() if name in schema.names}
+    kinds |= {name: pa.float32() if key == 'class_scores' else pa.int32() for key, name in extras.items()}
     if schema.names != ['img_id', 'height', 'width', *kinds] or schema.field('img_id').type not in ids:
         raise ValueError(f'its columns are {", ".join(schema.names)[:200]}')
     if any(schema.field(name).type != pa.int32() for name in ('height', 'width')) or any(
@@ -374,6 +453,10 @@ def _decode(content: bytes, num_images: int) -> Candidates:
         np.stack([lists[name].flatten().to_numpy() for name in _FLOATS[:4]], 1),
         lists['score'].flatten().to_numpy(),
         lists['label'].flatten().to_numpy().astype(np.int64),
+        {
+            key: lists[name].flatten().to_numpy().astype(np.float32 if key == 'class_scores' else np.int64)
+            for key, name in extras.items()
+        },
     )
 
 

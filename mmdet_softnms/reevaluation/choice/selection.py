@@ -93,6 +93,7 @@ def select(
     threads: int = 1,
     labels: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    pooled_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Selection:
     """Choose a setting and say what the choice is worth.
 
@@ -109,6 +110,7 @@ def select(
         threads: to use.
         labels: what the settings are called.
         progress: called with (settings done, settings in all).
+        pooled_progress: without a tuning split, called after that with (choices of the folds scored, choices in all).
 
     Raises:
         ReevaluationError: too few images or resamples, an unknown criterion.
@@ -146,10 +148,8 @@ def select(
         return Selection(criterion, 'a split of its own', procedure, each, int(best[0]), [], resamples)
     without = np.stack([value[:, :-1] for value in values], 2)  # (B + 1, folds, S)
     best = grid[without[:, :, grid].argmax(2)]  # (B + 1, folds)
-    pooled, pooled_baseline = (
-        _pooled_ap(matches, choice, objects, weights, folds, criterion, threads)
-        for choice in (best, np.array(baseline_numbers)[best])
-    )
+    pooled = _pooled_ap(matches, best, objects, weights, folds, criterion, threads, pooled_progress)
+    pooled_baseline = _pooled_ap(matches, np.array(baseline_numbers)[best], objects, weights, folds, criterion, threads)
     return Selection(
         criterion,
         f'{num_folds}-fold over images',
@@ -169,6 +169,7 @@ def _pooled_ap(
     folds: np.ndarray,
     criterion: str,
     threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """(B + 1,) AP of pooled out-of-fold detections; resamples that chose alike are scored together."""
     result = np.empty(len(best))
@@ -179,7 +180,8 @@ def _pooled_ap(
         pooled = pool_folds(matches, choices[number].tolist(), folds, objects.image_order)
         return weighted_ap(pooled, objects.counts, weights[which == number], folds, 0, criterion)[:, -1]
 
-    for number, values in enumerate(_in_threads([functools.partial(job, n) for n in range(len(choices))], threads)):
+    jobs = [functools.partial(job, number) for number in range(len(choices))]
+    for number, values in enumerate(_in_threads(jobs, threads, progress)):
         result[which == number] = values
     return result
 
@@ -244,7 +246,13 @@ def choose(
             progress=listener.bar('forward pass on the tuning split, batches'),
             say=listener.say,
         )
-        found = match_all(collected.store.load(), settings, truth, processes=request.processes)
+        found = match_all(
+            collected.store.load(),
+            settings,
+            truth,
+            processes=request.processes,
+            progress=listener.bar('matching on the tuning split'),
+        )
         tuning = found, Objects.of(truth)
     assert request.select is not None
     selection = select(
@@ -257,6 +265,7 @@ def choose(
         resamples=request.resamples,
         threads=request.processes or os.cpu_count() or 1,
         progress=listener.bar('bootstrap'),
+        pooled_progress=listener.bar('bootstrap of the choice'),
     )
     for difference, row in zip(selection.settings, result.rows, strict=True):
         if abs(difference.value - row.metrics[request.select]) > 1e-9:

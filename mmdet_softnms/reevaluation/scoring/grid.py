@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import ReevaluationError, did_you_mean
 
 AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whatever the rule
 
@@ -29,7 +29,17 @@ PRESETS: dict[str, tuple[str, ...]] = {
         'VotedNMS.rule.decay=product,strongest',
         'VotedNMS.rule.iou_threshold=0.3',
         'VotedNMS.rule.sigma=0.5',
-        'SupportedNMS.rule=SoftNMS',
+        'SupportedNMS.rule=SoftNMS,VotedNMS',
+        'HardNMS.iou_threshold=0.5',
+        'VotedNMS.tolerance=0.025',
+        'MatrixNMS.kernel=gaussian,linear',
+        'ClusterNMS.penalty=none,spm,spm_d',
+        'ClusterNMS.weighted=false,true',
+        'FastNMS.iou_threshold=0.5',
+        'DIoUNMS.decay=hard,gaussian',
+        'GidarisNMS.vote_threshold=0.5',
+        'WeightedBoxesFusion.iou_threshold=0.55',
+        'NonMaximumWeighted.iou_threshold=0.5',
     ),
 }
 
@@ -40,7 +50,7 @@ def expanded(specs: Iterable[str]) -> list[str]:
 
 
 def flattened(rule: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A rule of a sweep file with the rules inside it: ``{rule: {type: A, sigma: 1}}`` is ``{rule: A, rule.sigma: 1}``."""
+    """A rule of a sweep file: ``{rule: {type: A, sigma: 1}}``, a rule in a rule, is ``{rule: A, rule.sigma: 1}``."""
     flat = {}
     for name, value in rule.items():
         if name == 'rule' and isinstance(value, Mapping):
@@ -70,7 +80,7 @@ def read_spec(spec: str) -> tuple[str, str, list[Any]] | Path:
     raise ReevaluationError(
         f'{spec!r} is not a sweep; write RULE.PARAMETER=VALUES (SoftNMS.sigma=0.1:1.0:0.1), '
         f'{", ".join(f"{one}=VALUES" for one in AROUND)}, the path of a YAML file, or one of the presets '
-        f'{", ".join(PRESETS)}'
+        f'{", ".join(PRESETS)}{did_you_mean(name, [*AROUND, *PRESETS])}'
     )
 
 

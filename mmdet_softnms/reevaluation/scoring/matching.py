@@ -74,6 +74,18 @@ def match(results: Sequence[InstanceData], objects: Objects) -> Matches:
     return Matches(image[order], score[order], true[ranks], ignored[ranks], starts)
 
 
+def match_flat(
+    results: Sequence[InstanceData], objects: Objects
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every detection that COCO counts: image, score, label, box, and the row in ``objects`` it matches at IoU 0.5.
+
+    Rows are -1 where it matches none; boxes (D, 4) float64, x1, y1, width, height.
+    """
+    image, score, label, boxes = _flat(results, np.arange(len(results), dtype=np.int32))
+    order, found = _match_all(image, score, label, boxes, objects)
+    return image[order], score[order], label[order], boxes[order], found[:, 0]
+
+
 def match_image(result: InstanceData, image: int, objects: Objects) -> np.ndarray:
     """(M, T) int32: the annotation that each detection of one image matches at each of ``IOU_THRS``, or -1.
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import ReevaluationError, did_you_mean
 from mmdet_softnms.ops import weights
-from mmdet_softnms.reevaluation.candidates.plug import ROI_HEADS
+from mmdet_softnms.reevaluation.candidates.plug import family_of, family_of_head
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, name_of, words_of
@@ -73,7 +73,12 @@ class Setting:
     @property
     def label(self) -> str:
         """``'SoftNMS gaussian sigma=0.5'``: the rule and what sets it apart, without the thresholds around it."""
-        return ' '.join([self.name, *words_of(self.rule.params)]) + (' (config)' if self.source == 'config' else '')
+        return self.label_without({})
+
+    def label_without(self, known: Mapping[str, Any]) -> str:
+        """The label without the parameters that have these values, which the reader knows already."""
+        telling = {name: value for name, value in self.rule.params.items() if known.get(name, ...) != value}
+        return ' '.join([self.name, *words_of(telling)]) + (' (config)' if self.source == 'config' else '')
 
     def snippet(self, head: str | Mapping[str, Any]) -> str:
         """The lines to paste into a config that has this setting.
@@ -85,10 +90,12 @@ class Setting:
         written = dict(type=f'mmdet_softnms.{head.split(".")[-1]}') if isinstance(head, str) else head
         head_arguments = ', '.join(f'{name}={value!r}' for name, value in written.items())
         nms = _written(self.rule)
+        family = family_of_head(written['type'])
+        opening, closing = (f'{family.key}=dict(', ')') if family.key else ('', '')
         return (
-            f'model = dict(\n    {ROI_HEADS.part}=dict({head_arguments}),\n'
-            f'    test_cfg=dict({ROI_HEADS.key}=dict('
-            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms}))))'
+            f'model = dict(\n    {family.part}=dict({head_arguments}),\n    test_cfg=dict({opening}'
+            f'score_thr={self.score_thr!r}, max_per_img={self.max_per_img}, nms=dict(\n        _delete_=True, {nms})'
+            f'{closing}))'
         )
 
 
@@ -139,7 +146,7 @@ def default_settings(
     ``class_agnostic``: boxes of different classes suppress each other in every row but the config's.
 
     Raises:
-        ReevaluationError: a threshold is out of range, or ``test_cfg.rcnn`` of the config is unusable.
+        ReevaluationError: a threshold is out of range, or the thresholds of the config are unusable.
     """
     check_thresholds(score_thr, max_per_img)
     rules: list[Rule] = [_baseline(class_agnostic), *_default_soft_rules(min_score, class_agnostic)]
@@ -150,13 +157,19 @@ def own_setting(cfg: Config) -> Setting:
     """The config's own setting.
 
     Raises:
-        ReevaluationError: ``test_cfg.rcnn`` of the config is unusable.
+        ReevaluationError: the thresholds of the config are unusable.
     """
+    family = family_of(cfg)
     try:
-        own = ROI_HEADS.test_cfg(cfg)
-        return Setting(build_rule(own.nms), own.score_thr, own.max_per_img, source='config')
+        own = family.test_cfg(cfg)
+        if not family.key:  # what mmdet's dense heads take where nothing is written; YOLOX has no max_per_img
+            own = dict(score_thr=0.0, max_per_img=-1) | own
+        if cfg.get('views'):
+            own = {'score_thr': own['score_thr'], 'max_per_img': -1} | cfg.tta_model.tta_cfg
+        return Setting(build_rule(own['nms']), own['score_thr'], own['max_per_img'], source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReevaluationError(f"the config's own suppression (test_cfg.rcnn) cannot be used: {error}") from error
+        place = family.place.removeprefix('model.')
+        raise ReevaluationError(f"the config's own suppression ({place}) cannot be used: {error}") from error
 
 
 def _baseline(class_agnostic: bool) -> HardNMS:
@@ -190,15 +203,15 @@ def sweep_settings(
     Class-agnostic rules are a group with a baseline of their own.
 
     Args:
-        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``,
-            the path of a YAML file, or one of the presets in grid.py. VALUES are ``first:last:step`` with both ends, or a list with commas. All
-            parameters of one rule are crossed with each other; different rules are not; the three thresholds are
-            crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``, ``package.Rule``) or mmdet's
-            ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, a parameter sweeps the first rule of
-            :data:`mmdet_softnms.ops.weights.WEIGHTS` that takes it: ``iou_threshold`` the linear one, ``sigma`` the
-            gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (the default), its parameters
-            ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of ``{type: ..., parameter: VALUES or list}``,
-            and the thresholds.
+        specs: each ``RULE.PARAMETER=VALUES``, ``score_thr=VALUES``, ``max_per_img=VALUES`` or ``min_score=VALUES``, the
+            path of a YAML file, or the name of a preset (grid.py). VALUES are ``first:last:step`` with both ends, or a
+            list with commas. All parameters of one rule are crossed with each other; different rules are not; the three
+            thresholds are crossed with everything. RULE is a registered rule (``SoftNMS``, ``HardNMS``,
+            ``package.Rule``) or mmdet's ``nms`` or ``soft_nms``. Where SoftNMS has no ``method``, a parameter
+            sweeps the first rule of :data:`mmdet_softnms.ops.weights.WEIGHTS` that takes it: ``iou_threshold`` the
+            linear one, ``sigma`` the gaussian. A rule inside a rule is ``VotedNMS.rule=SoftNMS`` (which
+            it is by default), its parameters ``VotedNMS.rule.sigma=VALUES``. The file holds ``rules``, a list of
+            ``{type: ..., parameter: VALUES or list, rule: {...}}``, and the thresholds.
         cfg: the user's config.
         score_thr, max_per_img, min_score, class_agnostic: where they are not swept.
 
@@ -291,6 +304,7 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
             grid = {f'{inside}method': methods, **grid}  # rows of one method together
     if class_agnostic and 'class_agnostic' not in grid:
         grid['class_agnostic'] = [True]  # a rule that has no such argument says so
+    _check_names(name, kind, {one: grid[one] for one in swept})
     rules: dict[str, Rule] = {}
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))
@@ -350,6 +364,28 @@ def _uses(params: Any, parameter: str) -> bool:
             return False
         params = params[name]
     return True
+
+
+def _check_names(name: str, kind: str, grid: Mapping[str, list[Any]]) -> None:
+    """Raise a ReevaluationError for a rule or a parameter that does not exist, in a rule inside a rule, too."""
+    if kind == f'{TASK_UTILS.scope}.{name}' and TASK_UTILS.get(kind) is None:
+        rules = [
+            one for one, cls in TASK_UTILS.module_dict.items() if any('__call__' in vars(base) for base in cls.__mro__)
+        ]
+        known = [*(one for one in rules if one not in ('MmcvNMS', 'NoSuppression')), 'nms', 'soft_nms']
+        raise ReevaluationError(
+            f'--sweep: {name} is not a registered rule{did_you_mean(name, known) or "; there are " + ", ".join(known)}'
+        )
+    known = list(_parameters(kind))
+    inside = {one.removeprefix('rule.'): values for one, values in grid.items() if one.startswith('rule.')}
+    if inside and 'rule' in known:
+        inner = str(grid.get('rule', ['SoftNMS'])[0])
+        _check_names(inner, _scoped(inner), inside)
+        grid = {one: values for one, values in grid.items() if not one.startswith('rule.')}
+    for one in grid:
+        if known and one not in known:
+            remedy = f'; write {one}=VALUES, without the rule' if one in AROUND else did_you_mean(one, known)
+            raise ReevaluationError(f'--sweep: {name} takes {", ".join(known)}, not {one}{remedy}')
 
 
 def _parameters(kind: str) -> Iterable[str]:
