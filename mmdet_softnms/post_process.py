@@ -58,22 +58,15 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> Instances:
     return Instances(chosen, scores[roi, label], label)
 
 
-def drop_non_finite(candidates: Instances) -> tuple[Instances, int]:
-    """Leave out what no rule can compare: boxes and scores that are not finite, and boxes whose area overflows.
-
-    Returns:
-        The candidates that stay, and how many were dropped.
-    """
+def _usable(candidates: Instances) -> Tensor:
+    """(N,) bool: False for what no rule can compare: boxes and scores that are not finite, areas that overflow."""
     boxes = candidates.bboxes
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()  # the type the operator computes in
     sides = boxes[:, 2:] - boxes[:, :2]
     # Not a number and infinity fail the comparison, too. A quarter: room for an offset, and for the union of two.
-    usable = (sides[:, 0] * sides[:, 1]).abs() <= torch.finfo(boxes.dtype).max / 4
-    usable &= boxes.isfinite().all(dim=1) & candidates.scores.isfinite()
-    if bool(usable.all()):
-        return candidates, 0
-    return Instances(*(part[usable] for part in candidates)), int((~usable).sum())
+    small = (sides[:, 0] * sides[:, 1]).abs() <= torch.finfo(boxes.dtype).max / 4
+    return small & boxes.isfinite().all(dim=1) & candidates.scores.isfinite()
 
 
 def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) -> Instances:
@@ -93,10 +86,11 @@ def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) ->
     above = candidates.scores > score_thr
     if not bool(above.all()):
         candidates = Instances(*(part[above] for part in candidates))
-    return _apply([candidates], rule, max_per_img)[0]
+    return _apply([candidates], rule, max_per_img)[0][0]
 
 
-def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[Instances]:
+def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[tuple[Instances, Tensor]]:
+    """Detections of each image, and where each stands among the candidates."""
     max_num = max_per_img if max_per_img > 0 else -1
     batch = getattr(rule, 'batch', None)
     if batch is None or len(images) == 1:
@@ -104,10 +98,11 @@ def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[In
     else:
         selected = batch(*(list(part) for part in zip(*images, strict=True)), max_num)
     refine = getattr(rule, 'refine', None)
-    return [
-        Instances(image.bboxes[keep] if refine is None else refine(*image, keep, scores), scores, image.labels[keep])
-        for image, (keep, scores) in zip(images, selected, strict=True)
-    ]
+    detections = []
+    for image, (keep, scores) in zip(images, selected, strict=True):
+        boxes = image.bboxes[keep] if refine is None else refine(*image, keep, scores)
+        detections.append((Instances(boxes, scores, image.labels[keep]), keep))
+    return detections
 
 
 @overload
@@ -145,8 +140,8 @@ def post_process(
     Args:
         boxes, scores: of :func:`to_candidates`, or a list with those of each image.
         rule, score_thr, max_per_img: of :func:`suppress`.
-        on_dropped: called with the number of candidates dropped in each image, where there are any
-            (:func:`drop_non_finite`).
+        on_dropped: called with the number of candidates dropped in each image because their box or score
+            is not finite, or their area overflows; only where there are any.
 
     Returns:
         Detections of the image, or a list with those of each.
@@ -155,9 +150,28 @@ def post_process(
         assert isinstance(scores, Tensor)
         return post_process([boxes], [scores], rule, score_thr, max_per_img, on_dropped)[0]
     images = [to_candidates(*raw, score_thr) for raw in zip(boxes, scores, strict=True)]
-    if not getattr(rule, 'keeps_non_finite', False):
-        finite = [drop_non_finite(image) for image in images]
-        images = [image for image, _ in finite]
-        if any(dropped := [count for _, count in finite]):
-            on_dropped(dropped)
-    return _apply(images, rule, max_per_img)
+    return [found for found, _ in suppress_candidates(images, rule, max_per_img, on_dropped)]
+
+
+def suppress_candidates(
+    images: Sequence[Instances],
+    rule: Rule,
+    max_per_img: int,
+    on_dropped: Callable[[Sequence[int]], None] = warn_of_dropped,
+) -> list[tuple[Instances, Tensor]]:
+    """Candidates to detections; arguments as in :func:`post_process`.
+
+    Returns:
+        Of each image the detections, and a tensor (M,) of int64: where each stands among the candidates.
+    """
+    if getattr(rule, 'keeps_non_finite', False):
+        return _apply(images, rule, max_per_img)
+    usable = [_usable(image) for image in images]
+    if all(bool(each.all()) for each in usable):
+        return _apply(images, rule, max_per_img)
+    on_dropped([int((~each).sum()) for each in usable])
+    finite = [Instances(*(part[each] for part in image)) for image, each in zip(images, usable, strict=True)]
+    return [
+        (found, each.nonzero()[:, 0][keep])
+        for (found, keep), each in zip(_apply(finite, rule, max_per_img), usable, strict=True)
+    ]
