@@ -1,5 +1,6 @@
 """Rules in Detectron2, beside its own NMS: small models with random weights, and drawn boxes."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -33,6 +34,7 @@ from mmdet_softnms.detectron2 import (
 )
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / 'docs' / 'detectron2.md'
 CLASSES = 3
 RULES = [
     SoftNMS(),
@@ -306,6 +308,21 @@ def test_test_time_augmentation_uses_the_rule_in_the_merge_only():
     assert_same(SoftNMSWithTTA(hard, stock_model, rule=dict(type='SoftNMS'))(image), found)
     model.roi_heads.box_predictor.test_score_thresh = 1.0  # no view finds anything
     assert len(SoftNMSWithTTA(soft, model)(image)[0]['instances']) == 0
+
+
+def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
+    """docs/detectron2.md."""
+    monkeypatch.chdir(tmp_path)
+    Path('your_config.yaml').write_text('MODEL: {MASK_ON: True}\n')
+    names: dict = {}
+    marked = re.findall(r'<!-- run by: tests/test_detectron2.py.*?```python\n(.*?)```', PAGE.read_text(), re.S)
+    for code in marked:
+        exec(code, names)
+    assert len(marked) == 2
+    assert describe(instantiate(names['model'].roi_heads.box_predictor).rule) == describe(SoftNMS())
+    heads = names['cfg'].MODEL.ROI_HEADS
+    assert heads.SOFT_NMS_ENABLED and names['cfg'].MODEL.MASK_ON
+    assert (heads.SOFT_NMS_METHOD, heads.SOFT_NMS_SIGMA, heads.SOFT_NMS_PRUNE) == ('gaussian', 0.5, 0.001)
 
 
 def test_importing_it_imports_nothing_of_mmdet():
