@@ -1,12 +1,12 @@
 """Rules in Detectron2: in a LazyConfig, in a yacs config, and in the merge of test-time augmentation.
 
-A LazyConfig takes :class:`SoftNMSOutputLayers` as the box predictor. A yacs config takes :func:`add_soft_nms_config`
-and one of the RoI heads below. Needs torch, numba and detectron2; mmdet, mmcv and mmengine are not imported.
+A LazyConfig takes :class:`SoftNMSOutputLayers` as the box predictor (for one stage, :class:`SoftNMSRetinaNet` or
+:class:`SoftNMSFCOS` as the model). A yacs config takes :func:`add_soft_nms_config` and one of the RoI heads below.
+Needs torch, numba and detectron2; mmdet, mmcv and mmengine are not imported.
 
-Nothing of Detectron2 is patched: each class overrides the one method in which Detectron2 calls
-``fast_rcnn_inference``. No class has parameters of its own, so checkpoints load unchanged. As in Detectron2,
-suppression happens at the network's scale, after boxes are clipped to the image; detections are rescaled afterwards.
-The RPN keeps hard NMS.
+Nothing of Detectron2 is patched: each class overrides the one method in which Detectron2 suppresses. No class has
+parameters of its own, so checkpoints load unchanged. As in Detectron2, suppression happens at the network's scale;
+detections are rescaled afterwards. The RPN keeps hard NMS.
 
 Shapes: R RoIs in an image, K classes, M detections.
 """
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.modeling import GeneralizedRCNNWithTTA, RetinaNet
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
@@ -31,14 +32,17 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from mmdet_softnms import rules
+from mmdet_softnms.post_process import Instances as Candidates
 from mmdet_softnms.post_process import suppress_candidates, to_candidates
 from mmdet_softnms.rules import HardNMS, Rule, SoftNMS
 
 __all__ = [
     'SoftNMSCascadeROIHeads',
+    'SoftNMSFCOS',
     'SoftNMSOutputLayers',
     'SoftNMSROIHeads',
     'SoftNMSRes5ROIHeads',
+    'SoftNMSRetinaNet',
     'SoftNMSWithTTA',
     'add_soft_nms_config',
     'build_rule',
@@ -119,20 +123,20 @@ def inference(
             RuntimeWarning,
             stacklevel=2,
         )
-    instances, kept = [], []
-    selected = suppress_candidates(candidates, rule, topk_per_image)  # 0 is no limit there
-    for (found, keep), row, shape in zip(selected, rows, image_shapes, strict=True):
-        most = len(keep) if topk_per_image < 0 else topk_per_image
-        instances.append(
-            Instances(
-                shape,
-                pred_boxes=Boxes(found.bboxes[:most]),
-                scores=found.scores[:most],
-                pred_classes=found.labels[:most],
-            )
-        )
-        kept.append(row[keep[:most]])
-    return instances, kept
+    selected = _select(candidates, image_shapes, rule, topk_per_image)
+    return [found for found, _ in selected], [row[keep] for row, (_, keep) in zip(rows, selected, strict=True)]
+
+
+def _select(
+    images: Sequence[Candidates], shapes: Sequence[tuple[int, int]], rule: Rule, most: int
+) -> list[tuple[Instances, Tensor]]:
+    """Detections of each image, and where each stands among the candidates; at most so many, below 0 all."""
+    selected = []
+    for (found, keep), shape in zip(suppress_candidates(images, rule, most), shapes, strict=True):
+        found, keep = (found, keep) if most else (Candidates(*(part[:0] for part in found)), keep[:0])  # 0: all, there
+        boxes, scores, classes = found
+        selected.append((Instances(shape, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes), keep))
+    return selected
 
 
 class SoftNMSOutputLayers(FastRCNNOutputLayers):
@@ -268,6 +272,40 @@ class SoftNMSCascadeROIHeads(CascadeROIHeads):
         return inference(
             boxes, scores, image_shapes, predictor.test_score_thresh, self.rule, predictor.test_topk_per_image
         )[0]
+
+
+class _OneStage:
+    """Before a one-stage detector in the bases."""
+
+    def __init__(self, *, rule: Rule | Mapping[str, Any] | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rule = build_rule(rule)
+
+    def inference_single_image(
+        self, anchors: list[Boxes], box_cls: list[Tensor], box_delta: list[Tensor], image_size: tuple[int, int]
+    ) -> Instances:
+        """Detections of an image; arguments, one tensor for each level, as in Detectron2."""
+        this: Any = self
+        if self.rule is None:
+            return super().inference_single_image(anchors, box_cls, box_delta, image_size)  # type: ignore[misc]
+        found = this._decode_multi_level_predictions(
+            anchors, box_cls, box_delta, this.test_score_thresh, this.test_topk_candidates, image_size
+        )
+        candidates = Candidates(found.pred_boxes.tensor, found.scores, found.pred_classes)
+        return _select([candidates], [image_size], self.rule, this.max_detections_per_image)[0][0]
+
+
+class SoftNMSRetinaNet(_OneStage, RetinaNet):
+    """RetinaNet, for LazyConfig.
+
+    Args:
+        rule: see :func:`build_rule`. Attribute ``rule``.
+        **kwargs: those of ``RetinaNet``. With a rule, ``test_nms_thresh`` is not used.
+    """
+
+
+class SoftNMSFCOS(_OneStage, FCOS):
+    """FCOS, for LazyConfig; arguments as :class:`SoftNMSRetinaNet`."""
 
 
 class SoftNMSWithTTA(GeneralizedRCNNWithTTA):

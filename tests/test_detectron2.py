@@ -26,7 +26,9 @@ from detectron2.structures import Boxes, Instances
 
 from mmdet_softnms.detectron2 import (
     SoftNMSCascadeROIHeads,
+    SoftNMSFCOS,
     SoftNMSOutputLayers,
+    SoftNMSRetinaNet,
     SoftNMSWithTTA,
     add_soft_nms_config,
     build_rule,
@@ -70,30 +72,34 @@ def small_config(kind: str, *options: object):
 SPREAD = {'objectness_logits': 1.0, 'anchor_deltas': 0.3, 'cls_score': 2.0, 'bbox_pred': 2.0}
 
 
-def spread_out(layer: torch.nn.Module, inputs: tuple[torch.Tensor], wanted: float) -> None:
-    """Draw the weights of a layer so that its outputs for these inputs lie around 0, as far apart as wanted."""
-    features = inputs[0].movedim(1, -1).flatten(0, -2)
-    mean, apart = features.mean(0), float((features - features.mean(0)).norm(dim=1).mean())
-    torch.nn.init.normal_(layer.weight, std=wanted / max(apart, 1e-6))
-    layer.bias.copy_(-layer.weight.flatten(1) @ mean)
+def spread_out(model: torch.nn.Module, inputs: list) -> None:
+    """Draw the weights of the last layers so that their outputs lie around 0, and far apart."""
+
+    def draw(wanted: float, layer: torch.nn.Module, x: tuple[torch.Tensor]) -> None:
+        if layer in done:  # a layer of several levels
+            return
+        done.add(layer)
+        features = x[0].movedim(1, -1).flatten(0, -2)
+        mean, apart = features.mean(0), float((features - features.mean(0)).norm(dim=1).mean())
+        torch.nn.init.normal_(layer.weight, std=wanted / max(apart, 1e-6))
+        layer.bias.copy_(-layer.weight.reshape(*layer.weight.shape[:2], -1).sum(-1) @ mean)
+
+    done: set[torch.nn.Module] = set()
+    parts = [(part, name.rpartition('.')[2]) for name, part in model.named_modules()]
+    hooks = [part.register_forward_pre_hook(partial(draw, SPREAD[name])) for part, name in parts if name in SPREAD]
+    model(inputs)
+    for hook in hooks:
+        hook.remove()
 
 
 def with_weights(cfg, weights=None):
     """The model of a config with weights of another one, or with drawn ones, for which its scores differ."""
     torch.manual_seed(0)
     model = build_model(cfg).eval()
-    if weights is not None:
+    if weights is None:
+        spread_out(model, images())
+    else:
         model.load_state_dict(weights, strict=True)
-        return model
-    parts = [(part, name.rpartition('.')[2]) for name, part in model.named_modules()]
-    hooks = [
-        part.register_forward_pre_hook(partial(lambda wanted, layer, x: spread_out(layer, x, wanted), SPREAD[name]))
-        for part, name in parts
-        if name in SPREAD
-    ]
-    model(images())
-    for hook in hooks:
-        hook.remove()
     return model
 
 
@@ -248,6 +254,45 @@ def test_lazy_cascade_takes_the_rule_at_its_heads():
     cfg.model.roi_heads.rule = dict(type='SoftNMS')
     heads = instantiate(cfg.model.roi_heads)
     assert type(heads) is SoftNMSCascadeROIHeads and describe(heads.rule) == describe(SoftNMS())
+
+
+@pytest.mark.parametrize('name', ['retinanet', 'fcos'])
+@torch.no_grad()
+def test_one_stage(name):
+    cfg = model_zoo.get_config(f'common/models/{name}.py').model
+    cfg.num_classes, cfg.test_topk_candidates = CLASSES, 100
+    cfg.backbone.out_channels, cfg.head.conv_dims, cfg.head.norm = 16, [16], ''
+    cfg.head.input_shape = [ShapeSpec(channels=16)] * 5
+    if name == 'fcos':  # its last levels come from p5
+        cfg.backbone.top_block.in_channels = 16
+    stock = instantiate(cfg).eval()
+    spread_out(stock, images())
+    expected = stock(images())
+    assert all(10 < len(one['instances']) < 100 for one in expected)
+    cfg._target_ = {'retinanet': SoftNMSRetinaNet, 'fcos': SoftNMSFCOS}[name]
+    cfg.rule = dict(type='HardNMS', iou_threshold=cfg.get('test_nms_thresh', 0.5 if name == 'retinanet' else 0.6))
+    model = instantiate(cfg).eval()
+    model.load_state_dict(stock.state_dict(), strict=True)
+    assert_same(model(images()), expected)
+    model.rule = None
+    assert_same(model(images()), expected)
+    model.rule, model.max_detections_per_image = SoftNMS('linear', 0.3), -1
+
+    def at_the_networks_scale():  # boxes are clipped when they are rescaled
+        prepared = model.preprocess_image(images())
+        features = model.backbone(prepared.tensor)
+        features = [features[level] for level in model.head_in_features]
+        return model.forward_inference(prepared, features, model.head(features))
+
+    detections = at_the_networks_scale()
+    model.rule = NoSuppression()
+    for found, raw in zip(detections, at_the_networks_scale(), strict=True):
+        keep, scores = SoftNMS('linear', 0.3)(raw.pred_boxes.tensor, raw.scores, raw.pred_classes, -1)
+        assert torch.equal(found.scores, scores) and torch.equal(found.pred_classes, raw.pred_classes[keep])
+        assert torch.equal(found.pred_boxes.tensor, raw.pred_boxes.tensor[keep])
+        assert not torch.equal(found.scores, raw.scores[keep])
+    model.max_detections_per_image = 0
+    assert [len(found) for found in at_the_networks_scale()] == [0, 0]
 
 
 @pytest.mark.parametrize(
