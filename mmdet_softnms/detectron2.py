@@ -149,6 +149,7 @@ class SoftNMSOutputLayers(FastRCNNOutputLayers):
 
     Raises:
         TypeError, ValueError: the rule is wrong, or boxes are rotated.
+        RuntimeError, when it runs: the RoI heads suppress without it (:attr:`test_nms_thresh`).
     """
 
     @configurable
@@ -157,6 +158,24 @@ class SoftNMSOutputLayers(FastRCNNOutputLayers):
         if len(self.box2box_transform.weights) != 4:
             raise ValueError("SoftNMSOutputLayers takes upright boxes only; rotated ones need Detectron2's own head")
         self.rule = build_rule(rule)
+
+    @property
+    def test_nms_thresh(self) -> float:
+        """The threshold of Detectron2's own NMS.
+
+        Raises:
+            RuntimeError: there is a rule. Whoever asks would suppress in its own way, and leave the rule out.
+        """
+        if self.rule is not None:
+            raise RuntimeError(
+                'these RoI heads suppress without asking their predictor, so its rule would not be applied; stock '
+                'CascadeROIHeads do: use SoftNMSCascadeROIHeads with rule=...'
+            )
+        return self._test_nms_thresh
+
+    @test_nms_thresh.setter
+    def test_nms_thresh(self, threshold: float) -> None:
+        self._test_nms_thresh = threshold
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:

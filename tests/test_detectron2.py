@@ -256,6 +256,17 @@ def test_lazy_cascade_takes_the_rule_at_its_heads():
     assert type(heads) is SoftNMSCascadeROIHeads and describe(heads.rule) == describe(SoftNMS())
 
 
+@torch.no_grad()
+def test_heads_that_would_leave_the_rule_out_are_refused():
+    cfg = small_config('cascade', 'MODEL.ROI_HEADS.SOFT_NMS_ENABLED', True)
+    model = with_weights(cfg)
+    predictor = model.roi_heads.box_predictor[-1] = SoftNMSOutputLayers(cfg, ShapeSpec(channels=16))
+    with pytest.raises(RuntimeError, match='use SoftNMSCascadeROIHeads'):
+        model(images())
+    predictor.rule = None
+    assert len(model(images())) == 2 and predictor.test_nms_thresh == 0.5
+
+
 @pytest.mark.parametrize('name', ['retinanet', 'fcos'])
 @torch.no_grad()
 def test_one_stage(name):
@@ -265,10 +276,11 @@ def test_one_stage(name):
     cfg.head.input_shape = [ShapeSpec(channels=16)] * 5
     if name == 'fcos':  # its last levels come from p5
         cfg.backbone.top_block.in_channels = 16
+    torch.manual_seed(0)
     stock = instantiate(cfg).eval()
     spread_out(stock, images())
     expected = stock(images())
-    assert all(10 < len(one['instances']) < 100 for one in expected)
+    assert all(len(one['instances']) > 10 for one in expected)
     cfg._target_ = {'retinanet': SoftNMSRetinaNet, 'fcos': SoftNMSFCOS}[name]
     cfg.rule = dict(type='HardNMS', iou_threshold=cfg.get('test_nms_thresh', 0.5 if name == 'retinanet' else 0.6))
     model = instantiate(cfg).eval()
