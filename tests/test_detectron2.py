@@ -72,21 +72,21 @@ def small_config(kind: str, *options: object):
 SPREAD = {'objectness_logits': 1.0, 'anchor_deltas': 0.3, 'cls_score': 2.0, 'bbox_pred': 2.0}
 
 
-def spread_out(model: torch.nn.Module, inputs: list) -> None:
+def spread_out(model: torch.nn.Module, inputs: list, **wanted: float) -> None:
     """Draw the weights of the last layers so that their outputs lie around 0, and far apart."""
 
-    def draw(wanted: float, layer: torch.nn.Module, x: tuple[torch.Tensor]) -> None:
+    def draw(apart: float, layer: torch.nn.Module, x: tuple[torch.Tensor]) -> None:
         if layer in done:  # a layer of several levels
             return
         done.add(layer)
         features = x[0].movedim(1, -1).flatten(0, -2)
-        mean, apart = features.mean(0), float((features - features.mean(0)).norm(dim=1).mean())
-        torch.nn.init.normal_(layer.weight, std=wanted / max(apart, 1e-6))
+        mean, now = features.mean(0), float((features - features.mean(0)).norm(dim=1).mean())
+        torch.nn.init.normal_(layer.weight, std=apart / max(now, 1e-6))
         layer.bias.copy_(-layer.weight.reshape(*layer.weight.shape[:2], -1).sum(-1) @ mean)
 
-    done: set[torch.nn.Module] = set()
+    spread, done = SPREAD | wanted, set()
     parts = [(part, name.rpartition('.')[2]) for name, part in model.named_modules()]
-    hooks = [part.register_forward_pre_hook(partial(draw, SPREAD[name])) for part, name in parts if name in SPREAD]
+    hooks = [part.register_forward_pre_hook(partial(draw, spread[name])) for part, name in parts if name in spread]
     model(inputs)
     for hook in hooks:
         hook.remove()
@@ -271,27 +271,28 @@ def test_heads_that_would_leave_the_rule_out_are_refused():
 @torch.no_grad()
 def test_one_stage(name):
     cfg = model_zoo.get_config(f'common/models/{name}.py').model
-    cfg.num_classes, cfg.test_topk_candidates = CLASSES, 100
+    cfg.num_classes, cfg.test_topk_candidates, cfg.test_score_thresh = CLASSES, 100, 0.05
     cfg.backbone.out_channels, cfg.head.conv_dims, cfg.head.norm = 16, [16], ''
     cfg.head.input_shape = [ShapeSpec(channels=16)] * 5
     if name == 'fcos':  # its last levels come from p5
         cfg.backbone.top_block.in_channels = 16
-    torch.manual_seed(0)
+    inputs = images((160, 192), (128, 160))
+    torch.manual_seed(1)
     stock = instantiate(cfg).eval()
-    spread_out(stock, images())
-    expected = stock(images())
-    assert all(len(one['instances']) > 10 for one in expected)
+    spread_out(stock, inputs, bbox_pred=0.3 if name == 'retinanet' else 2.0)  # of the anchor's size; of the stride
+    expected = stock(inputs)
+    assert min(len(one['instances']) for one in expected) > 5
     cfg._target_ = {'retinanet': SoftNMSRetinaNet, 'fcos': SoftNMSFCOS}[name]
     cfg.rule = dict(type='HardNMS', iou_threshold=cfg.get('test_nms_thresh', 0.5 if name == 'retinanet' else 0.6))
     model = instantiate(cfg).eval()
     model.load_state_dict(stock.state_dict(), strict=True)
-    assert_same(model(images()), expected)
+    assert_same(model(inputs), expected)
     model.rule = None
-    assert_same(model(images()), expected)
+    assert_same(model(inputs), expected)
     model.rule, model.max_detections_per_image = SoftNMS('linear', 0.3), -1
 
     def at_the_networks_scale():  # boxes are clipped when they are rescaled
-        prepared = model.preprocess_image(images())
+        prepared = model.preprocess_image(inputs)
         features = model.backbone(prepared.tensor)
         features = [features[level] for level in model.head_in_features]
         return model.forward_inference(prepared, features, model.head(features))
