@@ -80,7 +80,8 @@ def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) ->
         max_per_img: at most so many detections; 0 or less: no limit, as in mmdet.
 
     Returns:
-        Detections in selection order: ``bboxes`` (M, 4), refined where the rule does that, ``scores`` (M,) never increasing, ``labels`` (M,).
+        Detections in selection order: ``bboxes`` (M, 4), refined where the rule does that, ``scores`` (M,) never
+        increasing, ``labels`` (M,).
     """
     candidates = Instances(candidates.bboxes, candidates.scores, candidates.labels)
     above = candidates.scores > score_thr
