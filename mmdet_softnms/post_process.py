@@ -59,19 +59,8 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> Instances:
     return Instances(chosen, scores[roi, label], label)
 
 
-def drop_non_finite(candidates: Instances) -> tuple[Instances, int]:
-    """Leave out what no rule can compare: boxes and scores that are not finite, and boxes whose area overflows.
-
-    Returns:
-        The candidates that stay, and how many were dropped.
-    """
-    usable = _usable(candidates)
-    if bool(usable.all()):
-        return candidates, 0
-    return Instances(*(part[usable] for part in candidates)), int((~usable).sum())
-
-
 def _usable(candidates: Instances) -> Tensor:
+    """(N,) bool: False for what no rule can compare: boxes and scores that are not finite, areas that overflow."""
     boxes = candidates.bboxes
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()  # the type the operator computes in
@@ -112,15 +101,11 @@ def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[tu
     else:
         selected = batch(*(list(part) for part in zip(*images, strict=True)), max_num)
     refine = getattr(rule, 'refine', None)
-    return [
-        (
-            Instances(
-                image.bboxes[keep] if refine is None else refine(*image, keep, scores), scores, image.labels[keep]
-            ),
-            keep,
-        )
-        for image, (keep, scores) in zip(images, selected, strict=True)
-    ]
+    detections = []
+    for image, (keep, scores) in zip(images, selected, strict=True):
+        boxes = image.bboxes[keep] if refine is None else refine(*image, keep, scores)
+        detections.append((Instances(boxes, scores, image.labels[keep]), keep))
+    return detections
 
 
 @overload
@@ -158,8 +143,8 @@ def post_process(
     Args:
         boxes, scores: of :func:`to_candidates`, or a list with those of each image.
         rule, score_thr, max_per_img: of :func:`suppress`.
-        on_dropped: called with the number of candidates dropped in each image, where there are any
-            (:func:`drop_non_finite`).
+        on_dropped: called with the number of candidates dropped in each image because their box or score
+            is not finite, or their area overflows; only where there are any.
 
     Returns:
         Detections of the image, or a list with those of each.

@@ -54,7 +54,16 @@ def _pytest(folder: Path, tests: str, *options: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ('reasons', 'status'),
     [
-        (('no GPU: none here', 'no shared data: none here', 'no browser: none here', 'no /proc: none here'), 0),
+        (
+            (
+                'no GPU: none here',
+                'no shared data: none here',
+                'no browser: none here',
+                'no /proc: none here',
+                'no detectron2: none here',
+            ),
+            0,
+        ),
         (('no GPU: none here', 'too tired'), 1),
     ],
 )

@@ -120,7 +120,7 @@ def test_a_batch_and_a_config_give_what_the_rule_gives(rule):
     together = _apply([Instances(*(part[scene.scores > 0.05] for part in scene)) for scene in scenes], rule, 30)
     again = build_rule(eval(f'dict({_written(rule)})'))  # what a report tells people to paste
     assert again.params == rule.params and describe(again) == describe(rule)
-    for alone, one, scene in zip(candidates, together, scenes, strict=True):
+    for alone, (one, _), scene in zip(candidates, together, scenes, strict=True):
         assert all(map(torch.equal, alone, one))
         assert all(map(torch.equal, alone, suppress(scene, again, 0.05, 30)))
 

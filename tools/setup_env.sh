@@ -188,6 +188,43 @@ setup_tests() {
     pip_install "${BUILD_TOOLS[@]}" "$MMCV" --editable '.[test,lint]'
 }
 
+# setup_detectron2: Detectron2 for tests/test_detectron2.py, in a folder that no other test looks into.
+setup_detectron2() {
+  step detectron2 '15 s, plus the download' "$(declare -f install_detectron2 stub_cuda)" install_detectron2
+}
+
+# Detectron2 has no wheels. Its Python files serve without a build: the compiled part is for deformable convolution and
+# rotated boxes. No versions of $VENV change: everything goes into the folder, without dependencies.
+install_detectron2() (
+  place=$PWD/$VENV/detectron2
+  rm -rf "$place" && mkdir -p "$place/stubs"
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --target "$place" torchvision==0.28.0 \
+    yacs==0.1.8 fvcore==0.1.5.post20221221 iopath==0.1.9 omegaconf==2.3.0 hydra-core==1.3.8 \
+    antlr4-python3-runtime==4.9.3 tabulate==0.10.0 portalocker==4.4.2 setuptools==79.0.1 && # with pkg_resources
+    "$VENV/bin/python" -m pip download --disable-pip-version-check --no-deps --no-build-isolation --dest "$scratch" \
+      pb1-detectron2==0.6 &&
+    tar -xzf "$scratch"/pb1-detectron2-0.6.tar.gz -C "$scratch" &&
+    mv "$scratch/pb1-detectron2-0.6/detectron2" "$place" || exit
+  ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || stub_cuda "$place"
+)
+
+# stub_cuda FOLDER: the index has torchvision for CUDA only. Beside a torch for the CPU, its CPU operators work once the
+# symbols of the CUDA libraries exist; nothing calls them. Left in FOLDER/stubs, for tests/detectron2_for_tests.py.
+stub_cuda() (
+  cd "$1/stubs" || exit
+  nm -D --undefined-only ../torchvision/_C.so | awk '/cuda/ {print $NF}' >symbols
+  cudart=$(grep -o 'libcudart.so.[0-9]*' symbols | head -n 1)
+  echo "$cudart { global: *; };" >versions
+  stub() { # NAME OPTIONS...: a library of functions that return 0, its symbols from the standard input
+    awk -F@ '{print "long " $1 "(void) { return 0; }"}' | "${CC:-cc}" -w -shared -fPIC -x c -Wl,-soname,"$1" -o "$@" -
+  }
+  grep @ symbols | stub "$cudart" -Wl,--version-script=versions &&
+    grep -v @ symbols | stub libc10_cuda.so &&
+    stub libtorch_cuda.so </dev/null
+)
+
 # The ops are called, not only imported: built against another torch, they fail here and not in the middle of a job.
 check_install() {
   "$VENV/bin/python" -c '
