@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 #: Modules of each extra of pyproject.toml that a command needs.
 EXTRAS = {
     'reevaluate': ('rich', 'pyarrow', 'faster_coco_eval', 'matplotlib', 'jinja2', 'filelock', 'yaml', 'joblib'),
-    'export': ('onnx',),
+    'export': ('onnx', 'onnxscript'),
 }
 
 

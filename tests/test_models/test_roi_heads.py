@@ -170,7 +170,8 @@ def test_foreign_heads_are_refused_in_one_sentence(base):
         (dict(type='mmdet_softnms.SoftNMS', sigma=0), ValueError, 'sigma'),
         (dict(type='mmdet_softnms.SoftNMS', method='cubic'), ValueError, 'method'),
         (dict(type='mmdet_softnms.HardNMS', iou_threshold=1.5), ValueError, 'iou_threshold'),
-        (dict(type='mmdet_softnms.HardNMS', iou_thr=0.5), TypeError, '_delete_=True'),
+        (dict(type='mmdet_softnms.HardNMS', iou_thr=0.5), TypeError, "did you mean 'iou_threshold'"),
+        (dict(type='mmdet_softnms.HardNMS', split_thr=5), TypeError, '_delete_=True'),
         (dict(type='mmdet_softnms.NoSuchRule'), KeyError, 'NoSuchRule'),
     ],
 )

@@ -25,9 +25,8 @@ from mmdet_softnms.reevaluation.report.table import to_table
 from mmdet_softnms.reevaluation.result import Session
 from mmdet_softnms.reevaluation.scoring.settings import sweep_settings
 from mmdet_softnms.rules import SoftNMS, describe
-from tests.drawn import drawn_test_set
+from tests.drawn import CFG, drawn_reevaluation, drawn_test_set
 from tests.test_ops import triton_worker
-from tests.test_reevaluation.test_report import CFG, _reevaluation
 
 PI = 3.141592653589793
 
@@ -150,7 +149,7 @@ def test_a_new_rule_is_described_by_its_parameters() -> None:
 def test_a_new_rule_is_swept_and_reported() -> None:
     candidates, truth = drawn_test_set()
     specs = ['SoftNMS.method=cosine', 'SoftNMS.iou_threshold=0.3,0.6']
-    result = _reevaluation(Session(candidates, truth, []), sweep_settings(specs, CFG, 1e-3, 100, 1e-3))
+    result = drawn_reevaluation(Session(candidates, truth, []), sweep_settings(specs, CFG, 1e-3, 100, 1e-3))
     rows = [row for row in result.rows if row.params.get('method') == 'cosine']
     assert [row.params['iou_threshold'] for row in rows] == [0.3, 0.6]
     baseline = next(row for row in result.rows if row.setting.is_baseline)

@@ -21,7 +21,12 @@ from mmdet_softnms.registry import TASK_UTILS, build_rule
 from mmdet_softnms.rules import HardNMS, SoftNMS
 
 CFG = Config(
-    dict(model=dict(test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5)))))
+    dict(
+        model=dict(
+            roi_head=dict(type='StandardRoIHead'),
+            test_cfg=dict(rcnn=dict(score_thr=0.05, max_per_img=100, nms=dict(type='nms', iou_threshold=0.5))),
+        )
+    )
 )
 
 

@@ -93,7 +93,11 @@ def test_errors_are_one_line(run, tmp_path):
         (('test.py', DEMO, 'page'), {}, 'checkpoint page is damaged (it is a web page): fetch it again'),
         (('train.py', DEMO, '--resume', 'page'), {}, 'checkpoint page is damaged'),
         (('test.py', DEMO, 'http://127.0.0.1:1/a.pth'), {}, 'checkpoint http://127.0.0.1:1/a.pth cannot be fetched'),
-        (('test.py', 'lists.json', checkpoint), dict(main=resize), 'lists.json has lists where mmcv needs tuples'),
+        (
+            ('test.py', 'lists.json', checkpoint, '--cfg-options', *DATA),
+            dict(main=resize),
+            'lists.json has lists where mmcv needs tuples',
+        ),
         (('train.py', DEMO, '--cfg-options', *TRAINING), dict(main=main), 'what the Runner reads is damaged'),
         # What mmengine would say below 500 lines of config, or not at all.
         (('test.py', DEMO, checkpoint), {}, 'crowded.json of test_dataloader.dataset does not exist; put the data'),
