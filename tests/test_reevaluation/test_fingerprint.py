@@ -458,7 +458,7 @@ def test_left_over_files_of_dead_processes_are_cleared(tmp_path):
 
 
 def test_kernels_in_numbas_cache_use_nothing_of_other_files():
-    """The cache looks at the kernel's own file, and at modules it is told of by their names: others would stay as is."""
+    """The cache looks at the kernel's own file, and at modules it is told of: others would stay as they were."""
     kernels = 0
     for path in PACKAGE.rglob('*.py'):
         tree = ast.parse(path.read_text())
