@@ -11,12 +11,19 @@ import PIL.Image
 PLACE = Path(sys.prefix) / 'detectron2'
 
 
+def missing() -> str:
+    """Why there is no Detectron2, or nothing."""
+    if importlib.util.find_spec('detectron2') is not None or (PLACE / 'detectron2').is_dir():
+        return ''
+    return 'no detectron2: it is not installed, and setup_detectron2 of tools/setup_env.sh has not run'
+
+
 def find() -> str:
-    """Make ``import detectron2`` work; returns why it cannot, or nothing."""
+    """Make ``import detectron2`` work in this process; returns why it cannot, or nothing."""
     if importlib.util.find_spec('detectron2') is not None:
         return ''
-    if not (PLACE / 'detectron2').is_dir():
-        return 'no detectron2: it is not installed, and setup_detectron2 of tools/setup_env.sh has not run'
+    if reason := missing():
+        return reason
     sys.path.append(str(PLACE))  # last: packages that are installed win
     for library in (PLACE / 'stubs').glob('*.so*'):
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
