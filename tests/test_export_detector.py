@@ -86,3 +86,9 @@ def test_size_and_checkpoint_belong_together(tmp_path, capsys):
             main(['config.py', str(tmp_path / 'out.onnx'), *arguments])
         error = capsys.readouterr().err
         assert 'is not HEIGHTxWIDTH' in error or 'belong together' in error
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path):
+    config = ROOT / 'configs/demo/rfcn_r18-w16_demo.py'
+    with pytest.raises(SystemExit, match='^error: checkpoint .*gone.pth'):
+        main([str(config), str(tmp_path / 'out.onnx'), '--checkpoint', str(tmp_path / 'gone.pth'), '--size', '192x192'])

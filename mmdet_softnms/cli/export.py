@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdet_softnms.cli.arguments import Parser, add_cfg_options, at_least, config_options, require
-from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.files import CheckpointError, ReevaluationError
 
 
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -288,5 +288,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     args.cfg_options = config_options(args.cfg_options)
     try:
         run(args)
-    except (ExportError, ReevaluationError, OSError) as error:
+    except (ExportError, CheckpointError, ReevaluationError, OSError) as error:
         sys.exit(f'error: {error}')

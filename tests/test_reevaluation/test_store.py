@@ -19,9 +19,8 @@ from mmengine.structures import InstanceData
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, fingerprint
 from mmdet_softnms.reevaluation.candidates.forward import collect
-from mmdet_softnms.reevaluation.candidates.store import Candidates, CandidateStore, ImageCandidates
+from mmdet_softnms.reevaluation.candidates.store import CandidateStore, ImageCandidates
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
-from tests.drawn import drawn_test_set
 from tests.tiny_dataset import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -68,15 +67,6 @@ def test_values_come_back_bit_for_bit(tmp_path, ids):
             # As integers: NaN payloads and signs of zero count too.
             assert torch.equal(one.candidates[key].view(torch.int32), other.candidates[key].view(torch.int32))
         assert torch.equal(one.candidates.labels, other.candidates.labels)
-
-
-def test_shared_arrays_are_the_same(tmp_path):
-    candidates, _ = drawn_test_set()
-    candidates.share(tmp_path)
-    mapped = Candidates.shared(tmp_path)
-    for name in ('shapes', 'offsets', 'bboxes', 'scores', 'labels'):
-        np.testing.assert_array_equal(getattr(mapped, name), getattr(candidates, name))
-    assert len(mapped[2].candidates) == len(candidates[2].candidates)
 
 
 def test_a_store_without_any_candidate(tmp_path):

@@ -59,9 +59,6 @@ class ImageCandidates:
     candidates: InstanceData
 
 
-_ARRAYS = ('shapes', 'offsets', 'bboxes', 'scores', 'labels')
-
-
 @dataclass
 class Candidates(Sequence[ImageCandidates]):
     """Candidates of a whole test set in flat arrays; image ``i`` has rows ``offsets[i]`` to ``offsets[i + 1]``."""
@@ -138,22 +135,6 @@ class Candidates(Sequence[ImageCandidates]):
             labels=torch.cat([part.labels for part in parts]).numpy(),
             extras={name: torch.cat([part[name] for part in parts]).numpy() for name in extras},
         )
-
-    def share(self, folder: Path) -> None:
-        """Write the arrays so that other processes can map them into memory with :meth:`shared`."""
-        for name in _ARRAYS:
-            np.save(folder / f'{name}.npy', getattr(self, name))
-        for name, values in self.extras.items():
-            np.save(folder / f'{name}.npy', values)
-        (folder / 'img_ids.json').write_text(json.dumps([self.img_ids, list(self.extras)]))
-
-    @classmethod
-    def shared(cls, folder: Path) -> 'Candidates':
-        """Map what :meth:`share` wrote; one copy in memory, however many processes look at it."""
-        # Copy-on-write, because torch does not like arrays it may not write to.
-        img_ids, extras = json.loads((folder / 'img_ids.json').read_text())
-        arrays = {name: np.asarray(np.load(folder / f'{name}.npy', mmap_mode='c')) for name in [*_ARRAYS, *extras]}
-        return cls(img_ids, extras={name: arrays.pop(name) for name in extras}, **arrays)
 
 
 @dataclass
