@@ -12,18 +12,17 @@ from typing import Any
 from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.ops import weights
 from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report.table import baseline_row, telling_label
 from mmdet_softnms.reevaluation.result import Reevaluation
-from mmdet_softnms.reevaluation.scoring.settings import Setting, varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import Setting, method_of, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
 
 _WIDTH = 79
-#: Parameters that say by themselves which method of SoftNMS a sweep is of.
-_TELLING = {'linear': 'iou_threshold', 'gaussian': 'sigma'}
 
 
 @dataclass(frozen=True)
@@ -194,9 +193,9 @@ def _fixed(chosen: Setting, table: Sequence[Setting], swept: set[str]) -> list[s
     """What else a sweep has to say, so that all but the swept parameters are those of a setting."""
     defaults = {name: one.default for name, one in inspect.signature(type(chosen.rule)).parameters.items()}
     params = dict(chosen.rule.params)
-    telling = _TELLING.get(str(params.get('method')))
-    if type(chosen.rule) is SoftNMS and telling is not None and _written(chosen, telling) in swept:
-        del params['method']
+    telling = [name for name in params if name in weights.PARAMETERS and method_of(name) == params.get('method')]
+    if type(chosen.rule) is SoftNMS and any(_written(chosen, name) in swept for name in telling):
+        del params['method']  # which a swept parameter says by itself
     found = []
     for name, value in params.items():
         several = any(one.rule.params.get(name) != value for one in table)

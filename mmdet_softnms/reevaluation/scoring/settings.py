@@ -299,7 +299,7 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
     swept = list(grid)
     inside = _place_of_soft_nms(kind, grid)
     if inside is not None and f'{inside}method' not in grid:
-        methods = [_method_of(parameter) for parameter in weights.PARAMETERS if f'{inside}{parameter}' in grid]
+        methods = [method_of(parameter) for parameter in weights.PARAMETERS if f'{inside}{parameter}' in grid]
         if methods:
             grid = {f'{inside}method': methods, **grid}  # rows of one method together
     if class_agnostic and 'class_agnostic' not in grid:
@@ -327,8 +327,8 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
     return list(rules.values())
 
 
-def _method_of(parameter: str) -> str:
-    """The first rule that takes a parameter."""
+def method_of(parameter: str) -> str:
+    """The method of SoftNMS that a swept parameter means: the first rule that takes it."""
     return next(name for name, weight in weights.WEIGHTS.items() if parameter in weight.parameters)
 
 
