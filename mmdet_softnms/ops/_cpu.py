@@ -306,21 +306,26 @@ _one_compiles = threading.Lock()
 
 
 def kernel(weight: weights.Weight, strongest: bool = False, supported: bool = False) -> Any:
-    """The compiled selection of a rule; compiled at the first call, one at a time.
-
-    From the disk cache where the rule is one of ``weights.py``: numba would not see a change of other files.
-    """
+    """The compiled selection of a rule; compiled at the first call."""
     variant = weight, strongest, supported
     known = _kernels.get(variant)
-    if known is not None:
-        return known
+    return compile_variant(_kernels, variant, _selection, _selection_types, __name__) if known is None else known
+
+
+def compile_variant(
+    kernels: dict[Any, Any], variant: tuple[Any, ...], make: Callable[..., Any], types_of: Any, *sources: str
+) -> Any:
+    """Compile ``make(*variant)``, whose first value is a weight, into ``kernels``; one at a time in all threads.
+
+    From the disk cache where the rule is one of ``weights.py``: numba would not see a change of other files.
+    ``sources``: the other modules that are compiled in.
+    """
     with _one_compiles:
-        if variant not in _kernels:
-            cached = weight.function.__module__ == weights.__name__
-            _kernels[variant] = compiled(_selection_types, cached=cached, sources=[weights.__name__, __name__])(
-                _selection(*variant)
-            )
-    return _kernels[variant]
+        if variant not in kernels:
+            cached = variant[0].function.__module__ == weights.__name__
+            decorate = compiled(types_of, cached=cached, sources=[weights.__name__, *sources])
+            kernels[variant] = decorate(make(*variant))
+    return kernels[variant]
 
 
 def _selection_types(real: Any) -> Any:

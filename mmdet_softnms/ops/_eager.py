@@ -14,7 +14,6 @@ index; ``live`` (N,): current score, -1 where the candidate is out; ``nearest`` 
 """
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +24,10 @@ from torch import Tensor
 
 from mmdet_softnms.ops import _cpu, _neighbours, weights
 from mmdet_softnms.ops._arguments import Parameters
-from mmdet_softnms.ops._compiled import compiled
 from mmdet_softnms.ops._cpu import _LANES, _lanes_of, _sink, _weight_of
 from mmdet_softnms.ops._neighbours import _window
 
-_SOURCES = [weights.__name__, _cpu.__name__, _neighbours.__name__, __name__]  # all that is compiled into a kernel
+_SOURCES = (_cpu.__name__, _neighbours.__name__, __name__)  # all that is compiled into a kernel
 _LARGE = 512  # candidates of a class, on average
 
 
@@ -71,21 +69,15 @@ def select(
 
 
 _kernels: dict[tuple[weights.Weight, bool], Any] = {}
-_one_compiles = threading.Lock()
 
 
 def kernel(weight: weights.Weight, strongest: bool = False) -> Any:
     """The compiled selection of a rule, as :func:`mmdet_softnms.ops._cpu.kernel`."""
-    known = _kernels.get((weight, strongest))
+    variant = weight, strongest
+    known = _kernels.get(variant)
     if known is not None:
         return known
-    with _one_compiles:
-        if (weight, strongest) not in _kernels:
-            cached = weight.function.__module__ == weights.__name__
-            _kernels[weight, strongest] = compiled(_selection_types, cached=cached, sources=_SOURCES)(
-                _selection(weight, strongest)
-            )
-    return _kernels[weight, strongest]
+    return _cpu.compile_variant(_kernels, variant, _selection, _selection_types, *_SOURCES)
 
 
 def _selection_types(real: Any) -> Any:
