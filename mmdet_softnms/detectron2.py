@@ -1,7 +1,8 @@
 """Rules in Detectron2: in a LazyConfig, in a yacs config, and in the merge of test-time augmentation.
 
 A LazyConfig takes :class:`SoftNMSOutputLayers` as the box predictor (for one stage, :class:`SoftNMSRetinaNet` or
-:class:`SoftNMSFCOS` as the model). A yacs config takes :func:`add_soft_nms_config` and one of the RoI heads below.
+:class:`SoftNMSFCOS` as the model). A yacs config takes :func:`add_soft_nms_config` and one of the RoI heads below, or
+:class:`SoftNMSRetinaNet`; Detectron2 has no yacs config for FCOS.
 Needs torch, numba and detectron2; mmdet, mmcv and mmengine are not imported.
 
 Nothing of Detectron2 is patched: each class overrides the one method in which Detectron2 suppresses. No class has
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import GeneralizedRCNNWithTTA, RetinaNet
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNNWithTTA, RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -31,7 +32,7 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from mmdet_softnms import rules
+from mmdet_softnms import paper_rules, rules
 from mmdet_softnms.post_process import Instances as Candidates
 from mmdet_softnms.post_process import suppress_candidates, to_candidates
 from mmdet_softnms.rules import HardNMS, Rule, SoftNMS
@@ -47,9 +48,14 @@ __all__ = [
     'add_soft_nms_config',
     'build_rule',
     'inference',
+    'rule_of',
 ]
 
-_BY_NAME = {rule: getattr(rules, rule) for rule in ('SoftNMS', 'HardNMS', 'VotedNMS', 'SupportedNMS', 'NoSuppression')}
+_OURS = ('SoftNMS', 'HardNMS', 'VotedNMS', 'SupportedNMS', 'NoSuppression')
+_PAPERS = (
+    'MatrixNMS', 'ClusterNMS', 'FastNMS', 'DIoUNMS', 'GidarisNMS', 'WeightedBoxesFusion', 'NonMaximumWeighted',
+)  # fmt: skip
+_BY_NAME = {name: getattr(rules, name) for name in _OURS} | {name: getattr(paper_rules, name) for name in _PAPERS}
 
 
 def build_rule(rule: Rule | Mapping[str, Any] | None) -> Rule | None:
@@ -180,7 +186,7 @@ class SoftNMSOutputLayers(FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Arguments from a yacs config that :func:`add_soft_nms_config` has seen."""
-        return dict(super().from_config(cfg, input_shape), rule=_rule_of(cfg))
+        return dict(super().from_config(cfg, input_shape), rule=rule_of(cfg.MODEL.ROI_HEADS))
 
     def inference(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
@@ -205,27 +211,36 @@ def add_soft_nms_config(cfg: CfgNode) -> None:
     ``SOFT_NMS_ENABLED`` (False: Detectron2's own NMS), ``SOFT_NMS_METHOD`` (``'gaussian'``, ``'linear'``, ``'hard'`` or
     another method of :func:`mmdet_softnms.soft_nms`), ``SOFT_NMS_SIGMA`` (0.5) and ``SOFT_NMS_PRUNE`` (0.001, its
     ``min_score``). The IoU threshold of linear is ``NMS_THRESH_TEST``: set it to 0.3, Detectron2's 0.5 halves the gain.
+    ``cfg.MODEL.RETINANET`` gets the same four, for :class:`SoftNMSRetinaNet`.
     """
-    heads = cfg.MODEL.ROI_HEADS
-    heads.SOFT_NMS_ENABLED = False
-    heads.SOFT_NMS_METHOD = 'gaussian'
-    heads.SOFT_NMS_SIGMA = 0.5
-    heads.SOFT_NMS_PRUNE = 0.001
+    for keys in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+        keys.SOFT_NMS_ENABLED = False
+        keys.SOFT_NMS_METHOD = 'gaussian'
+        keys.SOFT_NMS_SIGMA = 0.5
+        keys.SOFT_NMS_PRUNE = 0.001
 
 
-def _rule_of(cfg: CfgNode) -> Rule | None:
-    heads = cfg.MODEL.ROI_HEADS
-    if 'SOFT_NMS_ENABLED' not in heads:
-        raise KeyError('MODEL.ROI_HEADS has no SOFT_NMS_ENABLED: call add_soft_nms_config(cfg) after get_cfg()')
-    if not heads.SOFT_NMS_ENABLED:
+def rule_of(keys: CfgNode) -> Rule | None:
+    """The rule that the keys of :func:`add_soft_nms_config` name; None: Detectron2's own NMS.
+
+    Args:
+        keys: ``cfg.MODEL.ROI_HEADS`` or ``cfg.MODEL.RETINANET``.
+
+    Raises:
+        KeyError: they are not there.
+        TypeError, ValueError: the value of one is wrong.
+    """
+    if 'SOFT_NMS_ENABLED' not in keys:
+        raise KeyError('the config has no SOFT_NMS_ENABLED: call add_soft_nms_config(cfg) after get_cfg()')
+    if not keys.SOFT_NMS_ENABLED:
         return None
-    if heads.SOFT_NMS_METHOD == 'hard':
-        return HardNMS(heads.NMS_THRESH_TEST)
+    if keys.SOFT_NMS_METHOD == 'hard':
+        return HardNMS(keys.NMS_THRESH_TEST)
     return SoftNMS(
-        heads.SOFT_NMS_METHOD,
-        iou_threshold=heads.NMS_THRESH_TEST,
-        sigma=heads.SOFT_NMS_SIGMA,
-        min_score=heads.SOFT_NMS_PRUNE,
+        keys.SOFT_NMS_METHOD,
+        iou_threshold=keys.NMS_THRESH_TEST,
+        sigma=keys.SOFT_NMS_SIGMA,
+        min_score=keys.SOFT_NMS_PRUNE,
     )
 
 
@@ -268,7 +283,7 @@ class SoftNMSCascadeROIHeads(CascadeROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments from a yacs config that :func:`add_soft_nms_config` has seen."""
-        return dict(super().from_config(cfg, input_shape), rule=_rule_of(cfg))
+        return dict(super().from_config(cfg, input_shape), rule=rule_of(cfg.MODEL.ROI_HEADS))
 
     def _forward_box(
         self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances] | None = None
@@ -314,13 +329,23 @@ class _OneStage:
         return _select([candidates], [image_size], self.rule, this.max_detections_per_image)[0][0]
 
 
+@META_ARCH_REGISTRY.register()
 class SoftNMSRetinaNet(_OneStage, RetinaNet):
-    """RetinaNet, for LazyConfig.
+    """RetinaNet, for LazyConfig and yacs (``MODEL.META_ARCHITECTURE``).
 
     Args:
         rule: see :func:`build_rule`. Attribute ``rule``.
         **kwargs: those of ``RetinaNet``. With a rule, ``test_nms_thresh`` is not used.
     """
+
+    @configurable
+    def __init__(self, *, rule: Rule | Mapping[str, Any] | None, **kwargs: Any) -> None:
+        super().__init__(rule=rule, **kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from a yacs config that :func:`add_soft_nms_config` has seen."""
+        return dict(super().from_config(cfg), rule=rule_of(cfg.MODEL.RETINANET))
 
 
 class SoftNMSFCOS(_OneStage, FCOS):
@@ -347,7 +372,7 @@ class SoftNMSWithTTA(GeneralizedRCNNWithTTA):
         rule: Rule | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(cfg, model, tta_mapper, batch_size)
-        self.rule = _rule_of(cfg) if rule is None else build_rule(rule)
+        self.rule = rule_of(cfg.MODEL.ROI_HEADS) if rule is None else build_rule(rule)
 
     def _get_augmented_boxes(self, augmented_inputs: list[Any], tfms: list[Any]) -> Any:
         with _without_rule(self.model):

@@ -39,6 +39,7 @@ MODELS = Registry(
         'mmdet_softnms.models.roi_heads',
         'mmdet_softnms.models.dense_heads',
         'mmdet_softnms.models.tta',
+        'mmdet_softnms.models.detectron2_wrapper',
         'mmdet_softnms.models.rfcn',
         'mmdet_softnms.models.caffe',
         'mmdet_softnms.models.mxnet',

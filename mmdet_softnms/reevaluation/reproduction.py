@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmdet_softnms.checkpoint import check_weights
 from mmdet_softnms.files import ReevaluationError, sha256
 from mmdet_softnms.reevaluation.candidates.fingerprint import build_model
-from mmdet_softnms.reevaluation.candidates.plug import MASK_PREFIXES, family_of, plug
+from mmdet_softnms.reevaluation.candidates.plug import family_of, plug
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 from mmdet_softnms.yaml_file import YamlError, read_yaml
@@ -322,8 +322,9 @@ def check_model(cfg: Config, checkpoint: Path, *, trust: bool = False) -> None:
         CheckpointError: the weights are not its own.
     """
     model = build_model(plug(cfg, 0.0))
-    family_of(cfg).leave_out_unused(model)
-    check_weights(model, checkpoint, trust=trust, ignore=MASK_PREFIXES)
+    family = family_of(cfg)
+    family.leave_out_unused(model)
+    check_weights(model, checkpoint, trust=trust, ignore=family.not_needed(model))
 
 
 def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:

@@ -111,7 +111,7 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
         files=files,
         code=code.files,
         live=digest(code.live, model_state(model)),
-        versions=_versions(),
+        versions=_versions('detectron2' in code.files),
         unknown=sorted(set(unknown)),
         # Candidates of what cannot be compared equal no others.
         number=uuid.uuid4().hex if unknown else '',
@@ -340,10 +340,14 @@ def _infos(dataset: BaseDataset, foreign: bool, unknown: list[str]) -> dict[str,
     return {key: digest(values) for key, values in entries.items()}
 
 
-def _versions() -> dict[str, str]:
+def _versions(with_detectron2: bool) -> dict[str, str]:
     """Of what does the arithmetic and decodes images."""
     versions = {one.__name__: one.__version__ for one in (torch, mmcv, mmdet, mmengine, np)}
-    for name in ('torchvision', 'Pillow', 'opencv-python', 'opencv-python-headless'):
+    if with_detectron2:
+        import detectron2
+
+        versions[detectron2.__name__] = detectron2.__version__
+    for name in ('torchvision', 'Pillow', 'opencv-python', 'opencv-python-headless', *['fvcore'] * with_detectron2):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -30,6 +30,7 @@ from torch.utils.data import Sampler
 from mmdet_softnms.checkpoint import LoadedWeights, allow_unsafe_loading, check_weights
 from mmdet_softnms.files import ReevaluationError, clear_temporaries, first_line
 from mmdet_softnms.locate import lists_for_tuples
+from mmdet_softnms.models.detectron2_wrapper import SoftNMSDetectron2Wrapper
 from mmdet_softnms.reevaluation.candidates.fingerprint import (
     differences,
     drop_weight_initialisation,
@@ -39,7 +40,6 @@ from mmdet_softnms.reevaluation.candidates.fingerprint import (
 from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.plug import (
-    MASK_PREFIXES,
     check_classes,
     family_of,
     most_candidates,
@@ -319,9 +319,10 @@ def _forward(
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         model = model.module if isinstance(model, BaseTTAModel) else model
         check_classes(model, cfg, runner)
-        family_of(cfg).leave_out_unused(model)
+        family = family_of(cfg)
+        family.leave_out_unused(model)
         # Checked here, loaded by the Runner, whose hooks (an average of weights, say) take part as in a live run.
-        check_weights(model, checkpoint, trust=trust_checkpoint, ignore=MASK_PREFIXES)
+        check_weights(model, checkpoint, trust=trust_checkpoint, ignore=family.not_needed(model))
         if trust_checkpoint:
             allow_unsafe_loading()
         runner.register_hook(LoadedWeights())  # mmengine only logs a weight that it could not copy
@@ -373,8 +374,11 @@ def _refuse_values_that_are_not_finite(model: Any) -> None:
                     raise not_finite(batch[number].metainfo if number < len(batch) else {})
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    for name in ('rpn_head', 'bbox_head'):  # a RoI head's bbox_head is not the model's
-        if isinstance(head := getattr(model, name, None), torch.nn.Module):
+    heads = [getattr(model, name, None) for name in ('rpn_head', 'bbox_head')]  # a RoI head's is not the model's
+    if isinstance(model, SoftNMSDetectron2Wrapper):  # where RoIs are dropped, too
+        heads = model.layers_before_suppression()
+    for head in heads:
+        if isinstance(head, torch.nn.Module):
             head.register_forward_hook(look)
 
 

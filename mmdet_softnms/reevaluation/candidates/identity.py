@@ -22,8 +22,9 @@ from mmengine.structures import BaseDataElement
 
 from mmdet_softnms.files import sha256
 
-_PINNED = ('torch', 'torchvision', 'numpy', 'cv2', 'PIL', 'numba', 'triton', 'scipy')  # by their versions
-LIBRARIES = ('mmcv', 'mmdet', 'mmengine')  # hashed whole, since people edit them
+_PINNED = ('torch', 'torchvision', 'numpy', 'cv2', 'PIL', 'numba', 'triton', 'scipy', 'fvcore', 'yacs')  # by version
+_ALWAYS = ('mmcv', 'mmdet', 'mmengine')
+LIBRARIES = (*_ALWAYS, 'detectron2')  # hashed whole, since people edit them; the last one where it takes part
 _OURS = 'mmdet_softnms'
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
@@ -117,7 +118,8 @@ def code_of(*roots: Any, modules: Iterable[str] = ()) -> Code:
     ours = {name: sha256(path) for name, path in files.items() if _top(name) == _OURS}
     hashes[_OURS] = digest(ours)
     for name in LIBRARIES:
-        hashes[name] = _tree(name)
+        if name in _ALWAYS or any(_top(module) == name for module in walk.modules):
+            hashes[name] = _tree(name)
     return Code(hashes, digest(walk.live), sorted(set(walk.unknown)))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import mmdet.registry
 import torch
+from mmdet.models import Detectron2Wrapper
 from mmdet.models.dense_heads import RTMDetInsHead
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
-from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.models import dense_heads, roi_heads
+from mmdet_softnms.files import ReevaluationError, first_line
+from mmdet_softnms.models import dense_heads, detectron2_wrapper, roi_heads
 from mmdet_softnms.models.places import check_places, class_of
 from mmdet_softnms.models.takes_rules import TakesRules, plain_of
 from mmdet_softnms.reevaluation.candidates.views import wrapped
@@ -84,6 +85,10 @@ class Family:
             if getattr(head, name, None) is not None:
                 setattr(head, name, None)
 
+    def not_needed(self, model: torch.nn.Module) -> tuple[str, ...]:
+        """Prefixes of checkpoint entries that a model may lack once :meth:`leave_out_unused` has seen it."""
+        return tuple(f'{self.part}.{name}.' for name in self.unused)
+
     def num_classes(self, model: torch.nn.Module) -> int:
         """How many classes a model predicts."""
         head: Any = model.get_submodule(self.part)
@@ -110,7 +115,76 @@ DENSE_HEADS = Family(
     write=dense_heads.how_to_write,
     why_not_stored=dense_heads.why_not_stored,
 )
-MASK_PREFIXES = tuple(f'{ROI_HEADS.part}.{name}.' for name in ROI_HEADS.unused)
+
+
+@dataclass(frozen=True)
+class _Detectron2(Family):
+    """Models of Detectron2 in mmdet's ``Detectron2Wrapper``, which have their thresholds in Detectron2's config."""
+
+    def head(self, cfg: Config) -> type:
+        """The class of the wrapper.
+
+        Raises:
+            ReevaluationError: it is one of somebody's own.
+        """
+        cls: type = resolve(cfg.model.type, mmdet.registry.MODELS, default_scope_of(cfg)).cls
+        if cls not in (Detectron2Wrapper, detectron2_wrapper.SoftNMSDetectron2Wrapper):
+            raise ReevaluationError(
+                f"the model {cls.__name__} wraps Detectron2 in its own way; use mmdet's Detectron2Wrapper, or "
+                'mmdet_softnms.SoftNMSDetectron2Wrapper'
+            )
+        return cls
+
+    @property
+    def place(self) -> str:
+        """Where a config has its thresholds and its rule, in words."""
+        return 'model.detector'
+
+    def detector(self, cfg: Config) -> Any:
+        """Detectron2's own config.
+
+        Raises:
+            ReevaluationError: it cannot be read.
+        """
+        self.head(cfg)
+        return self._asked(lambda: detectron2_wrapper.read_detector(cfg.model[self.part]))
+
+    def test_cfg(self, cfg: Config) -> ConfigDict:
+        """Thresholds and rule of Detectron2's config, under the names that they have in mmdet; a copy."""
+        return ConfigDict(self._asked(lambda: detectron2_wrapper.own_test_cfg(cfg.model)))
+
+    def written(self, cfg: Config) -> dict[str, Any]:
+        """The wrapper that takes rules, and the class in Detectron2 that does."""
+        wrapper = resolve(detectron2_wrapper.SoftNMSDetectron2Wrapper, mmdet.registry.MODELS)
+        return dict(type=wrapper.type, head=detectron2_wrapper.head_with_rules(self.detector(cfg)))
+
+    def leave_out_unused(self, model: torch.nn.Module) -> None:
+        """Nothing: the plugged config has no masks and no keypoints."""
+
+    def not_needed(self, model: torch.nn.Module) -> tuple[str, ...]:
+        """Masks and keypoints, and buffers of which Detectron2 itself takes no notice in a file."""
+        return self.unused + detectron2_wrapper.not_persistent(model)
+
+    def num_classes(self, model: torch.nn.Module) -> int:
+        """How many classes a model predicts."""
+        return int(model.num_classes)  # type: ignore[arg-type]
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except (ImportError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise ReevaluationError(f'{self.place}: {first_line(error)}') from error
+
+
+DETECTRON2 = _Detectron2(
+    name="Detectron2's detectors",
+    part='detector',
+    key='',
+    columns=('bboxes', 'scores', 'labels'),
+    unused=tuple(f'd2_model.roi_heads.{name}_' for name in ('mask', 'keypoint')),
+    write=lambda head: {},
+    why_not_stored=lambda head: '',
+)
 
 
 def family_of(cfg: Config) -> Family:
@@ -124,6 +198,13 @@ def family_of(cfg: Config) -> Family:
         if isinstance(model.get(family.part), dict):
             return family
     kind = model.get('type')
+    if isinstance(model.get(DETECTRON2.part), dict) and kind is not None:
+        try:
+            cls = resolve(kind, mmdet.registry.MODELS, default_scope_of(cfg)).cls
+        except (KeyError, TypeError) as error:
+            raise ReevaluationError(f'model.type: {error}') from error
+        if isinstance(cls, type) and issubclass(cls, Detectron2Wrapper):
+            return DETECTRON2
     raise ReevaluationError(
         f'the model {getattr(kind, "__name__", kind)} has no roi_head and no bbox_head, of which raw candidates are '
         'taken: use the config of a two-stage or one-stage detector itself'
@@ -133,6 +214,8 @@ def family_of(cfg: Config) -> Family:
 def family_of_head(kind: Any) -> Family:
     """The family of the type of a head that takes rules."""
     cls = resolve(kind, mmdet.registry.MODELS).cls
+    if issubclass(cls, Detectron2Wrapper):
+        return DETECTRON2
     return DENSE_HEADS if issubclass(cls, dense_heads.SoftNMSDenseMixin) else ROI_HEADS
 
 
@@ -154,6 +237,18 @@ def plug(cfg: Config, score_floor: float) -> Config:
     except ValueError as error:
         raise ReevaluationError(str(error)) from error
     cfg = copy.deepcopy(cfg)
+    if family is DETECTRON2:
+        cfg.model = detectron2_wrapper.plugged(cfg.model, score_floor)
+    else:
+        _plug_head(cfg, family, head, written, score_floor)
+    cfg.default_scope = default_scope_of(cfg)
+    if cfg.get('views'):
+        cfg.model = wrapped(cfg.model)
+    return cfg
+
+
+def _plug_head(cfg: Config, family: Family, head: type, written: dict[str, Any], score_floor: float) -> None:
+    """Exchange the head of a config of mmdet's, and its thresholds."""
     if not issubclass(head, TakesRules):
         if 'head' in written and resolve(head, mmdet.registry.MODELS).scope is None:
             written['head'] = head  # which mmengine could not find by its name, where it is not in a module
@@ -163,15 +258,14 @@ def plug(cfg: Config, score_floor: float) -> Config:
     thresholds = family.test_cfg(cfg)
     thresholds.score_thr, thresholds.max_per_img = score_floor, -1
     thresholds.nms = ConfigDict(type='mmdet_softnms.NoSuppression')  # assigned, since ConfigDict.update merges
-    cfg.default_scope = default_scope_of(cfg)
-    if cfg.get('views'):
-        cfg.model = wrapped(cfg.model)
-    return cfg
 
 
 def has_mask_head(cfg: Config) -> bool:
     """Whether the config's head predicts masks, which re-evaluation leaves out."""
     family = family_of(cfg)
+    if family is DETECTRON2:
+        model = DETECTRON2.detector(cfg).MODEL
+        return bool(model.MASK_ON or model.KEYPOINT_ON)
     if family is DENSE_HEADS:
         return issubclass(family.head(cfg), RTMDetInsHead)
     return cfg.model.roi_head.get('mask_head') is not None
@@ -180,6 +274,14 @@ def has_mask_head(cfg: Config) -> bool:
 def most_candidates(cfg: Config) -> int | None:
     """How many candidates an image can have at most: ``nms_pre`` of each level of a dense head; None: not known."""
     family = family_of(cfg)
+    if family is DETECTRON2:
+        detector = DETECTRON2.detector(cfg)
+        keys = detector.MODEL.RETINANET
+        return (
+            int(keys.TOPK_CANDIDATES_TEST) * len(keys.IN_FEATURES)
+            if detectron2_wrapper.is_retinanet(detector)
+            else None
+        )
     nms_pre = family.test_cfg(cfg).get('nms_pre', -1) if family is DENSE_HEADS else -1
     if nms_pre <= 0:
         return None

@@ -17,8 +17,9 @@ import torch
 from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError, did_you_mean
+from mmdet_softnms.models.detectron2_wrapper import lines_to_paste
 from mmdet_softnms.ops import weights
-from mmdet_softnms.reevaluation.candidates.plug import family_of, family_of_head
+from mmdet_softnms.reevaluation.candidates.plug import DETECTRON2, family_of, family_of_head
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, name_of, words_of
@@ -81,7 +82,7 @@ class Setting:
         return ' '.join([self.name, *words_of(telling)]) + (' (config)' if self.source == 'config' else '')
 
     def snippet(self, head: str | Mapping[str, Any]) -> str:
-        """The lines to paste into a config that has this setting.
+        """The lines to paste into a config that has this setting: one of mmdet's, or of Detectron2's where it is its.
 
         Args:
             head: what the config writes for the head that takes rules: the name of one of ours, or its dict
@@ -89,8 +90,10 @@ class Setting:
         """
         written = dict(type=f'mmdet_softnms.{head.split(".")[-1]}') if isinstance(head, str) else head
         head_arguments = ', '.join(f'{name}={value!r}' for name, value in written.items())
-        nms = _written(self.rule)
         family = family_of_head(written['type'])
+        if family is DETECTRON2:
+            return lines_to_paste(written['head'], self.rule, self.score_thr, self.max_per_img)
+        nms = _written(self.rule)
         opening, closing = (f'{family.key}=dict(', ')') if family.key else ('', '')
         return (
             f'model = dict(\n    {family.part}=dict({head_arguments}),\n    test_cfg=dict({opening}'
