@@ -1,4 +1,4 @@
-"""The adapter for Detectron2, tested in a process of its own (``detectron2_cases.py``).
+"""The adapter for Detectron2, tested in a process of its own (``detectron2_*cases.py``).
 
 Its torchvision has no operators of its own here, and the processes that other tests start would find it.
 """
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_in_a_process_of_its_own():
     if reason := detectron2_for_tests.missing():
         pytest.skip(reason)
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/detectron2_cases.py']
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('tests/detectron2_*cases.py'))
+    assert len(files) >= 2
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert ' passed' in done.stdout and 'skipped' not in done.stdout

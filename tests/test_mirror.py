@@ -14,6 +14,7 @@ ELSEWHERE = {
     'cli/main': ('test_cli/test_arguments.py', 'chooses a command by its name'),
     'cli/reevaluate': ('test_tools/test_reevaluate.py', 'run as the tool that users run'),
     'cli/reproduce': ('test_tools/test_reproduce.py', 'run as the tool that users run'),
+    'models/detectron2_wrapper': ('test_detectron2.py', 'needs Detectron2, in a process of its own'),
     'models/places': ('test_models/test_roi_heads.py', 'configs with a rule in every place'),
     'models/takes_rules': ('test_models/test_dense_heads.py', 'what dense and RoI heads share'),
     'ops/_batch': ('test_ops/test_operator.py', 'one public function beside the operator'),

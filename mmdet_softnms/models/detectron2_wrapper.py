@@ -54,8 +54,8 @@ def read_detector(detector: Mapping[str, Any]) -> Any:
         raise ValueError(f'META_ARCHITECTURE {model.META_ARCHITECTURE} is none of GeneralizedRCNN and RetinaNet')
     if model.ROI_HEADS.NAME not in (*HEADS, *HEADS.values()):
         raise ValueError(f'ROI_HEADS.NAME {model.ROI_HEADS.NAME} is none of {", ".join(HEADS)}')
-    if 'Rotated' in model.PROPOSAL_GENERATOR.NAME or 'Rotated' in model.ANCHOR_GENERATOR.NAME:
-        raise ValueError('rotated boxes are not covered')
+    if model.PROPOSAL_GENERATOR.NAME != 'RPN':
+        raise ValueError(f'PROPOSAL_GENERATOR.NAME {model.PROPOSAL_GENERATOR.NAME} is not RPN')
     return cfg
 
 
@@ -157,7 +157,7 @@ def not_persistent(model: nn.Module) -> tuple[str, ...]:
 
 
 def own_test_cfg(model: Mapping[str, Any]) -> dict[str, Any]:
-    """``score_thr``, ``max_per_img`` and ``nms`` of a wrapper's config, as those of a test_cfg.
+    """``score_thr``, ``max_per_img`` and ``nms`` of a wrapper's config with RoI heads, as those of a test_cfg.
 
     Detectron2's own NMS is written as ``HardNMS``, which selects the same boxes.
 
@@ -167,7 +167,7 @@ def own_test_cfg(model: Mapping[str, Any]) -> dict[str, Any]:
     from mmdet_softnms.detectron2 import rule_of
 
     cfg = read_detector(model['detector'])
-    keys = cfg.MODEL.RETINANET if is_retinanet(cfg) else cfg.MODEL.ROI_HEADS
+    keys = cfg.MODEL.ROI_HEADS
     nms, most = model.get('rule'), model.get('max_per_img')
     if nms is None:
         rule = rule_of(keys) or HardNMS(keys.NMS_THRESH_TEST)
@@ -180,15 +180,14 @@ def own_test_cfg(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plugged(model: Mapping[str, Any], score_floor: float) -> ConfigDict:
-    """A wrapper's config that returns every candidate with ``score > score_floor``, and boxes only."""
+    """A wrapper's config with RoI heads that returns every candidate with ``score > score_floor``, and boxes only."""
     detector = _in_capitals(model['detector'])
     for name in _BESIDE_CANDIDATES:
         detector.pop(name, None)
-    for part in ('ROI_HEADS', 'RETINANET'):
-        keys = detector.setdefault(part, {})
-        for name in [one for one in keys if one.startswith('SOFT_NMS') or one == 'NMS_THRESH_TEST']:
-            del keys[name]
-        keys['SCORE_THRESH_TEST'] = score_floor
+    keys = detector.setdefault('ROI_HEADS', {})
+    for name in [one for one in keys if one.startswith('SOFT_NMS') or one == 'NMS_THRESH_TEST']:
+        del keys[name]
+    keys['SCORE_THRESH_TEST'] = score_floor
     return ConfigDict(
         type=resolve(SoftNMSDetectron2Wrapper, MODELS).type,
         detector=detector,
@@ -200,50 +199,47 @@ def plugged(model: Mapping[str, Any], score_floor: float) -> ConfigDict:
 
 
 def _in_capitals(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {str(key).upper(): _in_capitals(value) for key, value in content.items()}
-    return content
+    """A config with the names that Detectron2 has; what is written in two cases becomes one, as in the wrapper."""
+    if not isinstance(content, Mapping):
+        return content
+    made: dict[str, Any] = {}
+    for key, value in content.items():
+        name, value = str(key).upper(), _in_capitals(value)
+        made[name] = made[name] | value if isinstance(value, dict) and isinstance(made.get(name), dict) else value
+    return made
 
 
 def lines_to_paste(head: str, rule: Rule, score_thr: float, max_per_img: int) -> str:
     """The lines that a yacs config and a LazyConfig of Detectron2 need for a setting.
 
     Args:
-        head: see :func:`head_with_rules`.
+        head: the RoI heads of :mod:`mmdet_softnms.detectron2`, see :func:`head_with_rules`.
         rule, score_thr, max_per_img: the setting.
     """
     if isinstance(rule, MmcvNMS):
         return f"# {name_of(rule)} is mmcv's, and not to be had in Detectron2: take SoftNMS or HardNMS"
     limit, written = (max_per_img if max_per_img > 0 else -1), dict(type=type(rule).__name__, **rule.params)
-    one_stage = head in _RETINANET.values()
-    place = 'model' if one_stage else 'model.roi_heads'
-    keys = f'cfg.MODEL.{"RETINANET" if one_stage else "ROI_HEADS"}'
-    takes_rule = place if one_stage or head == HEADS['CascadeROIHeads'] else f'{place}.box_predictor'
-    yacs = [
+    cascade = head == HEADS['CascadeROIHeads']
+    place, target = ('', head) if cascade else ('.box_predictor', 'SoftNMSOutputLayers')
+    keys = dict(NAME=head, SCORE_THRESH_TEST=score_thr) | (_as_keys(rule) or {})
+    lines = [
         '# yacs: from mmdet_softnms.detectron2 import add_soft_nms_config; after get_cfg(), add_soft_nms_config(cfg)',
-        f'cfg.MODEL.META_ARCHITECTURE = {head!r}' if one_stage else f'{keys}.NAME = {head!r}',
-        f'{keys}.SCORE_THRESH_TEST = {score_thr!r}',
+        *(f'cfg.MODEL.ROI_HEADS.{name} = {value!r}' for name, value in keys.items()),
         f'cfg.TEST.DETECTIONS_PER_IMAGE = {limit}',
     ]
-    if (values := _as_keys(rule)) is not None:
-        yacs += [f'{keys}.{name} = {value!r}' for name, value in values.items()]
-    else:  # which the keys cannot say
-        yacs.append(f'{takes_rule}.rule = mmdet_softnms.detectron2.build_rule({written})  # once the model is built')
-    lazy = ['# LazyConfig']
-    if one_stage or head == HEADS['CascadeROIHeads']:
-        lazy.append(f"{takes_rule}._target_ = 'mmdet_softnms.detectron2.{head}'")
-    else:
-        lazy.append(f"{takes_rule}._target_ = 'mmdet_softnms.detectron2.SoftNMSOutputLayers'")
-    lazy.append(f'{takes_rule}.rule = {written}')
-    if one_stage:
-        lazy += [f'model.test_score_thresh = {score_thr!r}', f'model.max_detections_per_image = {limit}']
-    elif head == HEADS['CascadeROIHeads']:
-        lazy.append(f'for stage in {place}.box_predictors:')
-        lazy.append(f'    stage.test_score_thresh, stage.test_topk_per_image = {score_thr!r}, {limit}')
-    else:
-        lazy.append(f'{takes_rule}.test_score_thresh = {score_thr!r}')
-        lazy.append(f'{takes_rule}.test_topk_per_image = {limit}')
-    return '\n'.join([*yacs, *lazy])
+    if _as_keys(rule) is None:
+        lines += [
+            '# and, since no keys say this rule, once the model is built:',
+            f'model.roi_heads{place}.rule = mmdet_softnms.detectron2.build_rule({written})',
+        ]
+    lines += [
+        '# LazyConfig',
+        f"model.roi_heads{place}._target_ = 'mmdet_softnms.detectron2.{target}'",
+        f'model.roi_heads{place}.rule = {written}',
+        'for predictor in model.roi_heads.box_predictors:' if cascade else 'predictor = model.roi_heads.box_predictor',
+        f'{"    " * cascade}predictor.test_score_thresh, predictor.test_topk_per_image = {score_thr!r}, {limit}',
+    ]
+    return '\n'.join(lines)
 
 
 def _as_keys(rule: Rule) -> dict[str, Any] | None:

@@ -154,9 +154,19 @@ class _Detectron2(Family):
         return ConfigDict(self._asked(lambda: detectron2_wrapper.own_test_cfg(cfg.model)))
 
     def written(self, cfg: Config) -> dict[str, Any]:
-        """The wrapper that takes rules, and the class in Detectron2 that does."""
+        """The wrapper that takes rules, and the class in Detectron2 that does.
+
+        Raises:
+            ReevaluationError: it cannot be read, or what it gives cannot be stored.
+        """
+        detector = self.detector(cfg)
+        if detectron2_wrapper.is_retinanet(detector):
+            raise ReevaluationError(
+                "Detectron2's RetinaNet suppresses boxes before they are clipped to the image, and gives them after: "
+                "stored ones would not be those it suppresses. Convert it (detectron2_to_mmdet.py) to mmdet's RetinaNet"
+            )
         wrapper = resolve(detectron2_wrapper.SoftNMSDetectron2Wrapper, mmdet.registry.MODELS)
-        return dict(type=wrapper.type, head=detectron2_wrapper.head_with_rules(self.detector(cfg)))
+        return dict(type=wrapper.type, head=detectron2_wrapper.head_with_rules(detector))
 
     def leave_out_unused(self, model: torch.nn.Module) -> None:
         """Nothing: the plugged config has no masks and no keypoints."""
@@ -238,6 +248,11 @@ def plug(cfg: Config, score_floor: float) -> Config:
         raise ReevaluationError(str(error)) from error
     cfg = copy.deepcopy(cfg)
     if family is DETECTRON2:
+        if cfg.get('views'):
+            raise ReevaluationError(
+                "several views of each image (--tta, --scales) are re-evaluated of mmdet's own detectors only; "
+                'Detectron2 has mmdet_softnms.detectron2.SoftNMSWithTTA'
+            )
         cfg.model = detectron2_wrapper.plugged(cfg.model, score_floor)
     else:
         _plug_head(cfg, family, head, written, score_floor)
@@ -274,14 +289,6 @@ def has_mask_head(cfg: Config) -> bool:
 def most_candidates(cfg: Config) -> int | None:
     """How many candidates an image can have at most: ``nms_pre`` of each level of a dense head; None: not known."""
     family = family_of(cfg)
-    if family is DETECTRON2:
-        detector = DETECTRON2.detector(cfg)
-        keys = detector.MODEL.RETINANET
-        return (
-            int(keys.TOPK_CANDIDATES_TEST) * len(keys.IN_FEATURES)
-            if detectron2_wrapper.is_retinanet(detector)
-            else None
-        )
     nms_pre = family.test_cfg(cfg).get('nms_pre', -1) if family is DENSE_HEADS else -1
     if nms_pre <= 0:
         return None

@@ -1,0 +1,3 @@
+"""Detectron2's Faster R-CNN R50-C4, 3x with weights that detectron2_to_mmdet.py has converted."""
+
+_base_ = './d2_faster-rcnn_r50-c4_1x_coco.py'

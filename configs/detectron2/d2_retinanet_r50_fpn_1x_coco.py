@@ -1,0 +1,14 @@
+"""Detectron2's RetinaNet R50-FPN with weights that detectron2_to_mmdet.py has converted."""
+
+_base_ = 'mmdet::retinanet/retinanet_r50-caffe_fpn_1x_coco.py'
+
+model = dict(neck=dict(relu_before_extra_convs=True))  # Detectron2's P7 follows a ReLU
+
+# Detectron2 resizes by PIL, which smooths what it makes smaller; OpenCV, mmdet's default, does not.
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(1333, 800), keep_ratio=True, backend='pillow'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -1,0 +1,3 @@
+"""Detectron2's RetinaNet R50-FPN, 3x with weights that detectron2_to_mmdet.py has converted."""
+
+_base_ = './d2_retinanet_r50_fpn_1x_coco.py'
