@@ -22,6 +22,7 @@ from mmengine.dataset import pseudo_collate
 
 import mmdet_softnms.detectron2
 from mmdet_softnms.checkpoint import check_weights
+from mmdet_softnms.cli.export import main as export
 from mmdet_softnms.cli.reevaluate import main
 from mmdet_softnms.detectron2 import add_soft_nms_config, build_rule, rule_of
 from mmdet_softnms.files import CheckpointError, ReevaluationError
@@ -277,6 +278,10 @@ def test_what_is_refused(project, tmp_path):
     assert 'not to be had in Detectron2' in Setting(MmcvNMS('nms', iou_threshold=0.5), 0.05, 100).snippet(
         DETECTRON2.written(cfg)
     )
+
+    cfg.dump(tmp_path / 'config.py')
+    with pytest.raises(SystemExit, match='use its own export'):
+        export([str(tmp_path / 'config.py'), str(tmp_path / 'out.onnx')])
 
     def run(cfg, checkpoint=checkpoint):
         collect(cfg, checkpoint, 1e-3, tmp_path / 'candidates')

@@ -117,11 +117,13 @@ def run(args: argparse.Namespace) -> None:
     from mmdet_softnms.export import ExportError, post_process_to_onnx
     from mmdet_softnms.files import write_whole
     from mmdet_softnms.locate import read_config
-    from mmdet_softnms.reevaluation.candidates.plug import DENSE_HEADS, family_of
+    from mmdet_softnms.reevaluation.candidates.plug import DENSE_HEADS, DETECTRON2, family_of
 
     cfg = read_config(args.config, args.cfg_options)
     try:
         family = family_of(cfg)
+        if family is DETECTRON2:
+            raise ExportError("a model of Detectron2's is not exported here: use its own export")
         dense = family is DENSE_HEADS
         head, thresholds = cfg.model[family.part], family.test_cfg(cfg)
         head = head if dense else head.bbox_head

@@ -369,9 +369,12 @@ def _refuse_values_that_are_not_finite(model: Any) -> None:
     def look(module: Any, args: Any, outputs: Any) -> None:
         for maps in outputs if isinstance(outputs, (list, tuple)) else ():
             for one in maps if isinstance(maps, (list, tuple)) else [maps]:
-                if isinstance(one, torch.Tensor) and not one.isfinite().all():
-                    number = int((~one.isfinite()).flatten(1).any(1).nonzero()[0]) if one.dim() > 1 else 0
-                    raise not_finite(batch[number].metainfo if number < len(batch) else {})
+                if not isinstance(one, torch.Tensor) or one.isfinite().all():
+                    continue
+                if one.dim() == 2 and len(batch) > 1:  # RoIs of all images
+                    raise not_finite(dict(img_id=' or '.join(str(each.img_id) for each in batch)))
+                number = int((~one.isfinite()).flatten(1).any(1).nonzero()[0]) if one.dim() > 2 else 0
+                raise not_finite(batch[number].metainfo if number < len(batch) else {})
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     heads = [getattr(model, name, None) for name in ('rpn_head', 'bbox_head')]  # a RoI head's is not the model's
