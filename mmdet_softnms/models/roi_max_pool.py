@@ -30,7 +30,7 @@ def roi_max_pool(maps: Tensor, rois: Tensor, output_size: int = 7, spatial_scale
     """
     if maps.dim() != 4 or rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f'maps must be (N, C, H, W) and rois (R, 5), got {tuple(maps.shape)} and {tuple(rois.shape)}')
-    images, channels, height, width = maps.shape
+    images, _, height, width = maps.shape
     image = rois[:, 0].long()
     if len(rois) and not bool(((image >= 0) & (image < images)).all()):
         raise ValueError(f'rois[:, 0] must be an image index, 0 to {images - 1}')

@@ -370,12 +370,17 @@ def test_refuses_foreign_and_hostile_files(content, message, tmp_path, monkeypat
     assert not (tmp_path / 'out.pth').exists()
 
 
-def tiny(deformable=True):
-    """Weights of the right names, with as few channels as the converter takes."""
+KINDS = ('weight', 'bias')
+FULLY_CONNECTED = ('fc_new', 'cls_score', 'bbox_pred', 'offset')
+
+
+def tiny(deformable=True, two_fc=False):
+    """Weights of the right names, with as few channels as the converter takes; one class."""
     arrays = {}
 
     def conv(name, out, channels=2):
-        arrays[f'arg:{name}_weight'] = np.random.default_rng(out).normal(size=(out, channels, 1, 1))
+        size = (out, channels) if name.startswith(FULLY_CONNECTED) else (out, channels, 1, 1)
+        arrays[f'arg:{name}_weight'] = np.random.default_rng(out).normal(size=size)
         arrays[f'arg:{name}_bias'] = np.random.default_rng(out).normal(size=out)
 
     for unit in shared.resnet_units('50'):
@@ -385,13 +390,18 @@ def tiny(deformable=True):
             arrays[f'{kind}:{unit.bn}_{name}'] = np.ones(2)
         if deformable and unit.conv.startswith('res5') and unit.conv.endswith('2b'):
             conv(f'{unit.conv}_offset', 72)
-    layers = dict(rpn_conv_3x3=2, rpn_cls_score=4, rpn_bbox_pred=8, conv_new_1=2, rfcn_cls=98, rfcn_bbox=392)
-    if deformable:
-        layers.update(rfcn_cls_offset_t=2 * 98, rfcn_bbox_offset_t=98)
+    layers = dict(rpn_conv_3x3=2, rpn_cls_score=4, rpn_bbox_pred=8, conv_new_1=2)
+    if two_fc:
+        layers.update(fc_new_1=2, fc_new_2=2, cls_score=2, bbox_pred=8, **(dict(offset=98) if deformable else {}))
+    else:
+        layers.update(rfcn_cls=98, rfcn_bbox=392)
+        if deformable:
+            layers.update(rfcn_cls_offset_t=2 * 98, rfcn_bbox_offset_t=98)
     for name, out in layers.items():
         conv(name, out)
     for kind in ('weight', 'bias'):
-        arrays[f'arg:rfcn_bbox_{kind}_test'] = arrays[f'arg:rfcn_bbox_{kind}'] * 3
+        box_layer = f'arg:{"bbox_pred" if two_fc else "rfcn_bbox"}_{kind}'
+        arrays[f'{box_layer}_test'] = arrays[box_layer] * 3
     return {name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}
 
 
@@ -407,6 +417,41 @@ def test_box_layer_with_and_without_its_test_form():
     torch.testing.assert_close(converter.convert(plain, box_maps='final')[key], raw / stds)
     with pytest.raises(converter.ConversionError, match='name it, --box-maps final'):
         converter.convert(plain)
+
+
+def test_box_layer_of_two_fc_with_and_without_its_test_form():
+    params = tiny(two_fc=True)
+    plain = {name: array for name, array in params.items() if '_test' not in name}
+    key, raw = 'roi_head.bbox_head.fc_reg.bias', torch.from_numpy(plain['arg:bbox_pred_bias'])[4:]
+    stds = torch.tensor(shared.BOX_STDS)
+    torch.testing.assert_close(converter.convert(params)[key], raw * 3 / stds)
+    torch.testing.assert_close(converter.convert(plain, box_maps='raw')[key], raw)
+    torch.testing.assert_close(converter.convert(plain, box_maps='final')[key], raw / stds)
+    with pytest.raises(converter.ConversionError, match='bbox_pred_weight_test is missing'):
+        converter.convert(plain)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda params: params.pop('arg:fc_new_1_weight'), "'fc_new_1_weight' is missing: no Faster R-CNN on"),
+        (lambda params: params.pop('arg:offset_weight'), "belong to no Faster R-CNN: 'res5a_branch2b_offset"),
+        (lambda params: _layer(params, 'rfcn_cls', 98), "belong to no Faster R-CNN: 'rfcn_cls_weight"),
+        (lambda params: _layer(params, 'fc_new_2', 2), "layer 'fc_new_2' and its normalisation or bias"),
+        (lambda params: _replace(params, 'offset_bias', (2,)), "layer 'offset' and its normalisation or bias"),
+        (lambda params: _replace(params, 'bbox_pred_bias_test', (12,)), "layer 'bbox_pred' and its"),
+        (
+            lambda params: [_replace(params, f'cls_score_{kind}', (4, 2)[: 2 - (kind == 'bias')]) for kind in KINDS],
+            'bbox_pred has 8 channels for 3 classes and background instead of 16',
+        ),
+    ],
+)
+def test_refuses_other_two_fc_networks(change, message):
+    params = tiny(two_fc=True)
+    change(params)
+    with pytest.raises(converter.ConversionError) as raised:
+        converter.convert(params)
+    assert message in str(raised.value) and '\n' not in str(raised.value)
 
 
 @pytest.mark.parametrize(

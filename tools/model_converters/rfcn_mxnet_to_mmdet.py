@@ -18,8 +18,8 @@ changes:
 
 Offsets keep their order: y before x at each place of a deformable convolution, in 4 groups of channels; x before y for
 the bins, for each class in R-FCN and for all of them in the two-fc head. Its first fully connected layer takes a
-channel's bins one after another on both sides. What still differs from MXNet: box deltas are cut at log(1000 / 16); equal scores come in
-another order; an image with fewer than 300 proposals has no repeated ones.
+channel's bins one after another on both sides. What still differs from MXNet: box deltas are cut at log(1000 / 16);
+equal scores come in another order; an image with fewer than 300 proposals has no repeated ones.
 """
 
 import argparse
