@@ -43,6 +43,7 @@ MODELS = Registry(
         'mmdet_softnms.models.rfcn',
         'mmdet_softnms.models.caffe',
         'mmdet_softnms.models.mxnet',
+        'mmdet_softnms.models.reduced_roi_extractor',
     ],
 )
 TASK_UTILS = Registry(

@@ -5,10 +5,11 @@
 
 NAME is a model of the metafiles (configs/*/metafile.yml), where what is published stands with its source and its
 tolerance. Data or weights that are missing are named with where to get them, where to put them, and their checksums.
-The numbers come from the same re-evaluation as those of tools/reevaluate.py. DIR/reproduction.json holds all of it.
+The numbers come from the same re-evaluation as those of tools/reevaluate.py, one run more for each union of scales that
+a published number names. DIR/reproduction.json holds all of it.
 
 Exit status: 0 pass, 1 fail or bad input, 2 not comparable (nothing published, a split whose annotations are not
-public, other data, other weights, or other settings than the published ones).
+public, other data, other weights, or other settings than the published ones): what was measured is printed all the same.
 """
 
 import argparse
@@ -90,12 +91,19 @@ def load_config(model: Any, args: argparse.Namespace) -> Any:
     return cfg
 
 
-def measure(cfg: Any, checkpoint: Path, work_dir: Path, terminal: Terminal, trust_checkpoint: bool = False) -> Any:
+def measure(
+    cfg: Any,
+    checkpoint: Path,
+    work_dir: Path,
+    terminal: Terminal,
+    trust_checkpoint: bool = False,
+    scales: tuple[str, ...] = (),
+) -> Any:
     """Re-evaluate, and show how far it is."""
     from mmdet_softnms.reevaluation.request import Listener, Request
     from mmdet_softnms.reevaluation.run import reevaluate
 
-    request = Request(cfg, checkpoint, work_dir, trust_checkpoint=trust_checkpoint)
+    request = Request(cfg, checkpoint, work_dir, trust_checkpoint=trust_checkpoint, scales=scales)
     return reevaluate(request, Listener(terminal.progress, terminal.on_row, terminal.say))
 
 
@@ -114,7 +122,8 @@ def to_table(model: Any, comparisons: Sequence[Any], *, width: int = 80, plain: 
         numbers = [published.value, one.measured, one.difference, published.tolerance]
         formats = ('{:g}', '{:.2f}', '{:+.2f}', '{:g}')
         cells = ['-' if number is None else text.format(number) for text, number in zip(formats, numbers, strict=True)]
-        lines.append((published.row_label, published.metric, *cells, one.verdict))
+        elsewhere = f', published on {published.split}' if published.split != model.split.name else ''
+        lines.append((published.row_label + elsewhere, published.metric, *cells, one.verdict))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[0] = max(min(widths[0], width - sum(widths[1:]) - GAP * (len(widths) - 1)), 12)  # what is longer is folded
     table = empty_table(f'{model.name} on {model.split.name}', '\n'.join(notes), plain)
@@ -195,29 +204,41 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     work_dir = args.work_dir = Path(args.work_dir or Path('work_dirs/reproduce') / model.name)
     terminal.keep_log(work_dir / 'reproduction.log')
     terminal.log(f'reproduce {model.name} with {checkpoint}')
-    result = measure(cfg, checkpoint, work_dir, terminal, args.trust_checkpoint)
-    comparisons = reproduction.compare(model, result.rows, caveats)
+    results = {}
+    comparisons: list[Any] = []
+    for scales in model.scales:
+        if scales:
+            terminal.print(f'the union of {len(scales)} scales of each image: {" ".join(scales)}')
+        folder = work_dir / f'scales_{"_".join(scales)}' if scales else work_dir
+        results[scales] = measure(cfg, checkpoint, folder, terminal, args.trust_checkpoint, scales)
+        comparisons += reproduction.compare(model, results[scales].rows, caveats, scales)
     verdict, reason = reproduction.overall(model, comparisons)
     content = {
         'name': model.name,
         'verdict': verdict,
         'reason': reason,
         'split': model.split.name,
-        'num_images': result.num_images,
+        'num_images': results[model.scales[0]].num_images,
         'checkpoint': str(checkpoint),
         'checkpoint_sha256': sha256(checkpoint),
         'options': {**model.options, **args.cfg_options},
         'comparisons': [one.to_dict() for one in comparisons],
-        'rows': [{key: getattr(row, key) for key in ('rule', 'params', 'metrics', 'source')} for row in result.rows],
+        'rows': [
+            {**{key: getattr(row, key) for key in ('rule', 'params', 'metrics', 'source')}, 'scales': list(scales)}
+            for scales, result in results.items()
+            for row in result.rows
+        ],
         'versions': versions(),
     }
     write_json(work_dir / 'reproduction.json', content)
-    forget_partial(work_dir)  # the next run measures again
+    for folder in work_dir, *work_dir.glob('scales_*'):
+        forget_partial(folder)  # the next run measures again
     if comparisons:
         terminal.print_table(functools.partial(to_table, model, comparisons))
     else:
-        (own,) = (row.metrics for row in result.rows if row.source == 'config')
-        numbers = ', '.join(f'{key} {100 * own[key]:.2f}' for key in ('AP', 'VOC07_AP50') if key in own)
+        (own,) = (row.metrics for row in results[()].rows if row.source == 'config')
+        names = [key for key in ('AP', 'VOC07_AP50', 'VOC07_AP70') if key in own]
+        numbers = ', '.join(f'{key} {100 * own[key]:.2f}' for key in names)
         terminal.print(f'measured: {numbers}')
     terminal.print(f'{verdict}: {reason}', 'bold')
     terminal.print(f'written: {work_dir / "reproduction.json"}')

@@ -39,6 +39,7 @@ def ps_roi_pool(
     kind: str = 'caffe',
     offsets: Tensor | None = None,
     trans_std: float = 0.1,
+    position_sensitive: bool = True,
 ) -> Tensor:
     """Pool position-sensitive score maps.
 
@@ -54,6 +55,8 @@ def ps_roi_pool(
             output channels ``g * C / G`` and following along x, ``2 * g + 1`` along y, in units of ``trans_std`` times
             the RoI's width and height. None: no bin moves.
         trans_std: see ``offsets``.
+        position_sensitive: False: ``maps`` are (N, C, H, W), and every bin of channel c looks at map c, as with a group
+            size of 1 in the originals; for the two kinds that sample.
 
     Returns:
         Tensor[R, C, P, P] in the dtype of ``maps``. A bin without any pixel or sample inside the map is 0. Gradients
@@ -61,14 +64,15 @@ def ps_roi_pool(
 
     Raises:
         ValueError: an unknown kind, shapes that do not belong together, an image index out of range, RoIs that are not
-            finite, or offsets with another kind.
+            finite, offsets with another kind, or maps that are not position-sensitive with rectangles.
 
     Note:
         float64 is needed for exact sums: on devices without it (MPS) ``caffe`` and ``torchvision`` run on the CPU.
         GPU builds of the original may fuse multiply and add where a bin's edge falls on a whole number; this does not.
     """
-    images, channels, height, width = _check(maps, rois, output_size, kind, offsets)
-    out_channels = channels // output_size**2
+    places = output_size if position_sensitive else 1  # with a map of their own, on each side
+    images, channels, height, width = _check(maps, rois, output_size, places, kind, offsets)
+    out_channels = channels // places**2
     dtype = maps.dtype if maps.dtype in (torch.float32, torch.float64) else torch.float32
     image = rois[:, 0].long()
     boxes = rois[:, 1:].detach().to(dtype)
@@ -82,7 +86,7 @@ def ps_roi_pool(
                 return _MeanOfRectangles.apply(*arguments).to(maps.device)
             return _MeanOfRectangles.apply(maps, image, rows, columns)
 
-        grouped = maps.to(dtype).reshape(images, out_channels, output_size, output_size, height, width)
+        grouped = maps.to(dtype).reshape(images, out_channels, places, places, height, width)
         if offsets is None:
             offsets = boxes.new_zeros(len(rois), 2, output_size, output_size)
         offsets = offsets.to(dtype) * trans_std
@@ -90,14 +94,16 @@ def ps_roi_pool(
 
 
 def _check(
-    maps: Tensor, rois: Tensor, output_size: int, kind: str, offsets: Tensor | None
+    maps: Tensor, rois: Tensor, output_size: int, places: int, kind: str, offsets: Tensor | None
 ) -> tuple[int, int, int, int]:
     if kind not in KINDS:
         raise ValueError(f'kind {kind!r} is not one of {", ".join(KINDS)}')
+    if places != output_size and kind in ('caffe', 'torchvision'):
+        raise ValueError(f'position_sensitive=False goes with kinds that sample, not with {kind!r}')
     if maps.dim() != 4 or not maps.is_floating_point() or 0 in maps.shape[2:]:
         raise ValueError(f'maps must be floating point (N, C * P * P, H, W), got {maps.dtype} {tuple(maps.shape)}')
     images, channels, height, width = maps.shape
-    if output_size < 1 or channels % output_size**2 or channels == 0:
+    if output_size < 1 or channels % places**2 or channels == 0:
         raise ValueError(f'{channels} channels are no multiple of output_size squared, {output_size} * {output_size}')
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f'rois must be (R, 5): image index and xyxy, got {tuple(rois.shape)}')
@@ -113,8 +119,8 @@ def _check(
         groups, odd = divmod(offsets.shape[1] if offsets.dim() == 4 else 1, 2)
         if odd or offsets.shape != (len(rois), 2 * groups, output_size, output_size):
             raise ValueError(f'offsets must be (R, 2 * G, P, P), got {tuple(offsets.shape)} for {len(rois)} RoIs')
-        if groups == 0 or (channels // output_size**2) % groups:
-            raise ValueError(f'{channels // output_size**2} output channels do not divide into {groups} groups')
+        if groups == 0 or (channels // places**2) % groups:
+            raise ValueError(f'{channels // places**2} output channels do not divide into {groups} groups')
     return images, channels, height, width
 
 
@@ -237,9 +243,9 @@ def _mean_of_samples(
 ) -> Tensor:
     """``maps`` (N, C, P, P, H, W), ``image`` (R,), ``boxes`` (R, 4), ``offsets`` (R, 2 * G, P, P) in RoI sizes.
 
-    Returns (R, C, P, P).
+    ``maps`` may be (N, C, 1, 1, H, W), one for all bins. Returns (R, C, P, P).
     """
-    bins = maps.shape[2]
+    bins = offsets.shape[-1]
     by_image = list(_by_image(image, len(maps)))
 
     def one_bin(of_bin: Tensor, along_x: Tensor, along_y: Tensor, i: int, j: int) -> Tensor:
@@ -260,7 +266,8 @@ def _mean_of_samples(
     pooled = []
     for i in range(bins):
         for j in range(bins):
-            arguments = (maps[:, :, i, j], offsets[:, 0::2, i, j], offsets[:, 1::2, i, j], i, j)
+            of_bin = maps[:, :, i % maps.shape[2], j % maps.shape[3]]
+            arguments = (of_bin, offsets[:, 0::2, i, j], offsets[:, 1::2, i, j], i, j)
             # Keeps the sums over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
             pooled.append(checkpoint(one_bin, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(pooled, dim=-1).unflatten(-1, (bins, bins))

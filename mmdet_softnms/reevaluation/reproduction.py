@@ -48,15 +48,18 @@ class Published:
     split: str  # what it was measured on
     tolerance: float | None  # points; None: not comparable
     because: str  # why that tolerance, or why it is not comparable
+    scales: tuple[str, ...] = ()  # of the image, as for ``reevaluate.py --scales``; none: that of the config
 
     @property
     def row_label(self) -> str:
-        """``'config'`` or ``'SoftNMS gaussian sigma=0.5'``."""
+        """``'config'`` or ``'SoftNMS gaussian sigma=0.5, 6 scales'``."""
+        several = f', {len(self.scales)} scales' if self.scales else ''
         if isinstance(self.row, str):
-            return self.row
+            return self.row + several
         named = {'rule', 'method'}
         words = [str(self.row[key]) for key in ('rule', 'method') if key in self.row]
-        return ' '.join([*words, *(f'{key}={value:g}' for key, value in self.row.items() if key not in named)])
+        words += [f'{key}={value:g}' for key, value in self.row.items() if key not in named]
+        return ' '.join(words) + several
 
     def find(self, rows: Iterable[Row]) -> Row | None:
         """The row of a re-evaluation that this number is about."""
@@ -102,13 +105,18 @@ class Model:
     unpublished: str  # why there is nothing to compare with, where there is nothing
     options: dict[str, Any] = field(default_factory=dict)  # of the config, as the number was published with
 
+    @property
+    def scales(self) -> list[tuple[str, ...]]:
+        """What has to be run, once each: the scales of every published number, in their order."""
+        return list(dict.fromkeys(one.scales for one in self.published)) or [()]
+
 
 @dataclass(frozen=True)
 class Comparison:
     """A published number beside the measured one."""
 
     published: Published
-    measured: float | None  # %
+    measured: float | None  # %; on the test set of the run, which is another one where published.split is
     verdict: Verdict
     reason: str
 
@@ -131,6 +139,7 @@ class Comparison:
             'verdict': self.verdict,
             'reason': self.reason,
             'split': self.published.split,
+            'scales': list(self.published.scales),
             'source': self.published.source,
         }
 
@@ -237,6 +246,7 @@ def _model(raw: dict[str, Any], datasets: dict[str, Any], root: Path) -> Model:
                 _get(one, 'Split', str, split.name),
                 tolerance,
                 _get(one, 'Because' if tolerance is not None else 'Not Comparable', str),
+                tuple(map(str, _get(one, 'Scales', list, []))),
             )
         )
     return Model(
@@ -327,15 +337,18 @@ def check_model(cfg: Config, checkpoint: Path, *, trust: bool = False) -> None:
     check_weights(model, checkpoint, trust=trust, ignore=family.not_needed(model))
 
 
-def compare(model: Model, rows: Sequence[Row], caveats: Sequence[str]) -> list[Comparison]:
-    """Judge every published number of a model.
+def compare(
+    model: Model, rows: Sequence[Row], caveats: Sequence[str], scales: tuple[str, ...] = ()
+) -> list[Comparison]:
+    """Judge every published number of a model that a run is about.
 
     Args:
         model: what is published.
         rows: of the re-evaluation; none after a dry run, which measures nothing.
         caveats: why this run cannot be compared with what is published; usually there is no reason.
+        scales: of the run, one of ``model.scales``.
     """
-    return [_compare(published, rows, caveats) for published in model.published]
+    return [_compare(published, rows, caveats) for published in model.published if published.scales == scales]
 
 
 def _compare(published: Published, rows: Sequence[Row], caveats: Sequence[str]) -> Comparison:
@@ -345,8 +358,7 @@ def _compare(published: Published, rows: Sequence[Row], caveats: Sequence[str]) 
         measured = None
     measured = None if measured is None else 100 * measured
     if published.tolerance is None:
-        # What was measured on something else is not put beside it.
-        return Comparison(published, None, 'not comparable', published.because)
+        return Comparison(published, measured, 'not comparable', published.because)
     if caveats:
         return Comparison(published, measured, 'not comparable', '; '.join(caveats))
     if measured is None:

@@ -183,8 +183,13 @@ def test_data_sets_of_voc_xml(drawn, kind, mode):
     ours = metrics['VOC07_AP50' if mode == '11points' else 'VOC12_AP50']
     assert 0.1 < ours == pytest.approx(stock()['pascal_voc/mAP'], abs=1e-6)
     assert notes == []
-    metrics, notes, stock = _score(_config(dataset, dict(type='VOCMetric', iou_thrs=[0.5, 0.7])), drawn)
-    assert metrics['pascal_voc/mAP'] == pytest.approx(stock()['pascal_voc/mAP'])
+    metrics, notes, stock = _score(_config(dataset, dict(type='VOCMetric', iou_thrs=[0.5, 0.7])), drawn)  # 11 points
+    theirs = stock()
+    assert metrics['pascal_voc/mAP'] == pytest.approx(theirs['pascal_voc/mAP'])
+    for name in ('AP50', 'AP70'):  # it rounds each to three decimals, and their mean not at all
+        assert metrics[f'VOC07_{name}'] == pytest.approx(theirs[f'pascal_voc/{name}'], abs=5.1e-4)
+    assert (metrics['VOC07_AP50'] + metrics['VOC07_AP70']) / 2 == pytest.approx(theirs['pascal_voc/mAP'], abs=1e-9)
+    assert 0.1 < metrics['VOC07_AP70'] < metrics['VOC07_AP50'] - 0.01
     assert 'VOCMetric (iou_thrs=[0.5, 0.7])' in notes[0] and 'pascal_voc/AP70' in notes[0]
 
 

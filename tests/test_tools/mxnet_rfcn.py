@@ -1,10 +1,10 @@
 """MXNet's side of test_rfcn_mxnet_to_mmdet.py: run by an interpreter that has MXNet 1.9.1, without this project.
 
-    python mxnet_rfcn.py FOLDER '{"deformable": true, "depth": "50", ...}'
+    python mxnet_rfcn.py FOLDER '{"two_fc": false, "deformable": true, "depth": "50", ...}' ...
 
-Builds the test symbol of Deformable-ConvNets (backbone to class probabilities and deltas) at reduced width, draws its
-weights, saves them with MXNet as ``FOLDER/net-0000.params``, and writes what each layer gives for one image, and the
-detections by the rules of the authors' ``tester.py``, into ``FOLDER/outputs.npz``.
+Builds a test symbol of Deformable-ConvNets (backbone to class probabilities and deltas) at reduced width for each
+argument, draws its weights, saves them with MXNet as ``FOLDER/0/net-0000.params``, and writes what each layer gives for
+one image, and the detections by the rules of the authors' ``tester.py``, into ``FOLDER/0/outputs.npz``.
 """
 
 import json
@@ -42,6 +42,11 @@ class Net:
         if offset is not None:
             return mx.sym.contrib.DeformableConvolution(data=data, offset=offset, num_deformable_group=4, **extra)
         return mx.sym.Convolution(data=data, **extra)
+
+    def fc(self, name, data, inputs, out, std=None):
+        self.arg[f'{name}_weight'] = self.random.normal(0, std or (2 / inputs) ** 0.5, (out, inputs))
+        self.arg[f'{name}_bias'] = self.random.normal(0, 0.3, out)
+        return self.see(name, mx.sym.FullyConnected(name=name, data=data, num_hidden=out))
 
     def bn(self, name, data, channels):
         self.arg[f'{name}_gamma'] = self.random.uniform(0.5, 1.2, channels)
@@ -134,13 +139,34 @@ class Net:
             vote = mx.sym.Reshape(vote, shape=(-1, out))
             self.see(f'{branch}_vote', mx.sym.softmax(vote, axis=1) if branch == 'cls' else vote)
 
-    def training_box_layer(self, stds):
+    def two_fc(self):
+        """``resnet_v1_101_rcnn.py`` and ``resnet_v1_101_rcnn_dcn.py``, behind the proposals."""
+        channels, hidden = self.reduced, 48
+        reduced = mx.sym.relu(self.conv('conv_new_1', self.seen['res5'], 32 * self.width, channels, std=0.05))
+        self.see('relu1', reduced)
+        pooling = dict(data=reduced, rois=self.seen['rois'], spatial_scale=1 / 16)
+        if self.deformable:
+            pool = mx.sym.contrib.DeformablePSROIPooling
+            pooling.update(group_size=1, pooled_size=7, output_dim=channels, sample_per_part=4, part_size=7)
+            offset = self.fc('offset', pool(no_trans=True, **pooling), BINS * channels, 2 * BINS)
+            trans = mx.sym.Reshape(offset, shape=(-1, 2, 7, 7))
+            pooled = pool(trans=trans, trans_std=0.1, no_trans=False, **pooling)
+        else:
+            pooled = mx.sym.ROIPooling(pooled_size=(7, 7), **pooling)
+        self.see('roi_pool', pooled)
+        top = mx.sym.relu(self.fc('fc_new_1', pooled, BINS * channels, hidden))
+        top = mx.sym.relu(self.fc('fc_new_2', top, hidden, hidden))
+        score = self.fc('cls_score', top, hidden, self.classes + 1, std=0.05)
+        self.see('cls_vote', mx.sym.softmax(score, axis=1))
+        self.see('bbox_vote', self.fc('bbox_pred', top, hidden, 4 * (self.classes + 1), std=0.004))
+
+    def training_box_layer(self, layer, stds, repeated):
         """What training has beside the layer for testing: Deformable-ConvNets' ``do_checkpoint``."""
-        per_map = np.repeat(np.tile(stds, 2), BINS)
         for kind in ('weight', 'bias'):
-            test = self.arg[f'rfcn_bbox_{kind}']
-            self.arg[f'rfcn_bbox_{kind}_test'] = test
-            self.arg[f'rfcn_bbox_{kind}'] = test / per_map.reshape(-1, *[1] * (test.ndim - 1))
+            test = self.arg[f'{layer}_{kind}']
+            each = np.resize(np.repeat(stds, repeated), len(test))
+            self.arg[f'{layer}_{kind}_test'] = test
+            self.arg[f'{layer}_{kind}'] = test / each.reshape(-1, *[1] * (test.ndim - 1))
 
     def run(self, image, im_info, folder):
         arrays = {name: mx.nd.array(value, dtype='float32') for name, value in self.arg.items()}
@@ -166,17 +192,22 @@ def real_rois(scores):
     return int(ends[0]) + 1 if len(ends) else len(scores)
 
 
-def detections(outputs, height_width, scale, classes):
-    """``im_detect`` and ``pred_eval`` of the authors' tester: float64 boxes, NMS at 0.3 with +1, 100 an image."""
-    rois = outputs['rois'][:, 1:].astype(np.float64)
-    deltas = outputs['bbox_vote'][:, 4:8]
+def boxes_of(rois, deltas, height_width):
+    """``nonlinear_pred`` and ``clip_boxes`` of the authors, in float64."""
     sizes = rois[:, 2:] - rois[:, :2] + 1
     centres = rois[:, :2] + 0.5 * (sizes - 1) + deltas[:, :2] * sizes
     half = 0.5 * (np.exp(deltas[:, 2:]) * sizes - 1)
     limit = np.array(height_width[::-1]) - 1
-    boxes = np.concatenate([np.clip(centres - half, 0, limit), np.clip(centres + half, 0, limit)], axis=1) / scale
+    return np.concatenate([np.clip(centres - half, 0, limit), np.clip(centres + half, 0, limit)], axis=1)
+
+
+def detections(outputs, height_width, scale, classes):
+    """``im_detect`` and ``pred_eval`` of the authors' tester: float64 boxes, NMS at 0.3 with +1, 100 an image."""
+    rois = outputs['rois'][:, 1:].astype(np.float64)
     found = []
     for label in range(classes):
+        first = min(4 * (label + 1), outputs['bbox_vote'].shape[1] - 4)  # R-FCN has one box for all classes
+        boxes = boxes_of(rois, outputs['bbox_vote'][:, first : first + 4], height_width) / scale
         scores = outputs['cls_vote'][:, label + 1]
         order = [index for index in np.argsort(-scores, kind='stable') if scores[index] > 1e-3]
         while order:
@@ -196,7 +227,12 @@ def overlap(one, other):
 
 
 def main():
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for number, options in enumerate(map(json.loads, sys.argv[2:])):
+        run(Path(sys.argv[1]) / str(number), options)
+
+
+def run(folder, options):
+    folder.mkdir()
     height_width, scale = options['height_width'], options['scale']
     scales, ratios = options['scales'], options['ratios']
     net = Net(
@@ -205,8 +241,13 @@ def main():
     )  # fmt: skip
     net.backbone()
     net.proposals(scales, ratios)
-    net.rfcn()
-    net.training_box_layer([0.1, 0.1, 0.2, 0.2])
+    stds = [0.1, 0.1, 0.2, 0.2]
+    if options['two_fc']:
+        net.two_fc()
+        net.training_box_layer('bbox_pred', stds, 1)
+    else:
+        net.rfcn()
+        net.training_box_layer('rfcn_bbox', stds, BINS)
     picture = net.random.integers(0, 256, (*height_width, 3))  # RGB
     image = (picture - np.array(options['means_bgr'])[::-1]).transpose(2, 0, 1)[None]
     outputs = net.run(image.astype(np.float32), [*height_width, scale], folder)

@@ -83,7 +83,7 @@ def test_every_model_says_what_is_published_and_where_it_is_from(raw):
     expected = {
         (one.split.replace('COCO val2017', 'COCO'), RESULT_NAMES[one.metric], one.value)
         for one in model.published
-        if one.row == 'config' and one.metric in RESULT_NAMES
+        if one.row == 'config' and one.metric in RESULT_NAMES and not one.scales
     }
     assert results == expected
     readme = (model.config.parent / 'README.md').read_text()
@@ -95,7 +95,10 @@ def test_every_model_says_what_is_published_and_where_it_is_from(raw):
 
 def test_the_issue_is_covered():
     def values(name):
-        return {(one.metric, one.value, one.split) for one in MODELS[name].published}
+        return {
+            (one.metric, one.value, one.split, *([len(one.scales)] if one.scales else []))
+            for one in MODELS[name].published
+        }
 
     val, dev, voc = 'COCO val2017', 'COCO test-dev', 'VOC2007 test'
     assert values('faster-rcnn_r50_fpn_1x_coco') == {('AP', 37.4, val)}
@@ -111,8 +114,18 @@ def test_the_issue_is_covered():
         assert values(f'rfcn_r101-caffe{kind}_coco') == {('AP', minival, val), ('AP', test_dev, dev)}
         assert values(f'faster-rcnn_vgg16-caffe{kind}_coco') == {('AP', vgg, dev)}
     for kind, one_scale, six_scales in (('', 37.4, 39.8), ('_soft-nms-gaussian', 38.4, 40.9)):
-        expected = {('AP', one_scale, dev), ('AP at 6 scales', six_scales, dev)}
-        assert values(f'deformable-rfcn_r101-mxnet{kind}_coco') == expected
+        name = f'deformable-rfcn_r101-mxnet{kind}_coco'
+        assert values(name) == {('AP', one_scale, dev), ('AP', six_scales, dev, 6)}
+        assert MODELS[name].scales == [
+            (), ('480x800', '576x900', '688x1100', '800x1200', '1200x1600', '1400x2000')
+        ]  # fmt: skip
+    for name, value in (('rfcn_r101-mxnet-600', 32.1), ('deformable-rfcn_r101-mxnet-600', 35.7),
+                        ('faster-rcnn_r101-mxnet', 30.3), ('deformable-faster-rcnn_r101-mxnet', 35.0)):  # fmt: skip
+        assert values(f'{name}_coco') == {('AP', value, dev)}
+    for name, at_50, at_70 in (('rfcn', 79.6, 63.1), ('deformable-rfcn', 82.3, 67.8)):
+        assert values(f'{name}_r101-mxnet_voc0712') == {('VOC07_AP50', at_50, voc), ('VOC07_AP70', at_70, voc)}
+    for name, value in (('r101', 40.9), ('r101-dconv-c3-c5', 44.4)):
+        assert values(f'faster-rcnn_{name}_fpn_soft-nms-gaussian_1x_coco') == {('AP', value, val, 6)}
 
 
 def test_mmdets_own_metafile_says_the_same():
@@ -292,18 +305,30 @@ def test_another_split_or_setting_is_not_comparable(run, metafile, data, options
 
 
 def test_a_run_that_is_not_comparable_still_measures(run, metafile, tmp_path):
-    options = {'Options': {'model.test_cfg.rcnn.max_per_img': 7}}
-    status, out, _ = run('tiny', '--metafile', metafile(options, {'Images': 7}), '--work-dir', tmp_path / 'out')
-    assert status == 2 and 'not comparable: the test set has 6 images' in out
+    """Another test set, a split that is not public, and a union of scales, which is a run of its own."""
+    one = {'Metric': 'VOC07_AP50', 'Value': 1.0, 'Source': 'this test'}
+    rows = [
+        {**one, 'Tolerance': 0.5, 'Because': 'it is tiny'},
+        {**one, 'Metric': 'VOC07_AP70', 'Split': 'hidden', 'Not Comparable': 'hidden is not public'},
+        {**one, 'Metric': 'AP', 'Scales': ['32x48', '64x96'], 'Not Comparable': 'hidden is not public'},
+    ]
+    about = {'Options': {'model.test_cfg.rcnn.max_per_img': 7}, 'Published': rows}
+    status, out, _ = run('tiny', '--metafile', metafile(about, {'Images': 7}), '--work-dir', tmp_path / 'out')
+    assert status == 2 and 'not comparable: the test set has 6 images' in out and 'hidden is not public' in out
+    assert 'config, 2 scales' in ' '.join(out.split()) and 'the union of 2 scales of each image: 32x48 64x96' in out
     content = json.loads((tmp_path / 'out/reproduction.json').read_text())
-    (one,) = content['comparisons']
-    assert one['verdict'] == content['verdict'] == 'not comparable'
-    assert one['measured'] > 0 and one['difference'] is None
-    (row,) = (row for row in content['rows'] if row['source'] == 'config')
-    assert one['measured'] == 100 * row['metrics']['VOC07_AP50']
-    assert row['params']['max_per_img'] == 7  # the setting of the published number
+    own = {tuple(row['scales']): row for row in content['rows'] if row['source'] == 'config'}
+    assert list(own) == [(), ('32x48', '64x96')]
+    for comparison in content['comparisons']:
+        assert comparison['verdict'] == content['verdict'] == 'not comparable'
+        row = own[tuple(comparison['scales'])]
+        assert comparison['measured'] == 100 * row['metrics'][comparison['metric']] and comparison['difference'] is None
+        assert row['params']['max_per_img'] == 7  # the setting of the published number
+    assert content['comparisons'][0]['measured'] > 0 and len(content['comparisons']) == 3
+    assert own[()]['metrics']['AP'] != own['32x48', '64x96']['metrics']['AP']
     assert content['versions']['mmdet'] == mmdet.__version__
     assert len(content['checkpoint_sha256']) == 64
+    assert (tmp_path / 'out/scales_32x48_64x96/candidates').is_dir()
 
 
 def test_nothing_published_is_not_comparable(run, metafile):

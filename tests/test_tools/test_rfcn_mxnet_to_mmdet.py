@@ -4,7 +4,6 @@ MXNet needs a Python of its own (``mxnet_rfcn.py`` says what runs there): the on
 ``.venv-mxnet``. The reader of the format is tested without it, on files written here byte by byte.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -35,8 +34,15 @@ WIDTH, CLASSES, REDUCED, SCALES, RATIOS = 4, 3, 32, (2, 4, 8), (0.5, 1, 2)
 # No multiples of the stride; rounded up in conv1 and in the pooling behind it.
 HEIGHT_WIDTH, SCALE = (100, 136), 1.6
 MEANS = [103.06, 115.9, 123.15]
-DEPTHS = {'R-FCN': '50', 'Deformable R-FCN': '101'}
-SEEDS = {'R-FCN': 1, 'Deformable R-FCN': 0}  # with all classes among the first 100 detections
+DEPTHS = {'R-FCN': '50', 'Deformable R-FCN': '101', 'Faster R-CNN': '50', 'Deformable Faster R-CNN': '50'}
+# With all classes among the first 100 detections.
+SEEDS = {'R-FCN': 1, 'Deformable R-FCN': 0, 'Faster R-CNN': 1, 'Deformable Faster R-CNN': 3}
+CONFIGS = {
+    'R-FCN': 'rfcn/rfcn_r101-mxnet_voc0712.py',
+    'Deformable R-FCN': 'rfcn/deformable-rfcn_r101-mxnet_voc0712.py',
+    'Faster R-CNN': 'faster_rcnn/faster-rcnn_r101-mxnet_coco.py',
+    'Deformable Faster R-CNN': 'faster_rcnn/deformable-faster-rcnn_r101-mxnet_coco.py',
+}
 
 
 @pytest.fixture(scope='module')
@@ -52,33 +58,37 @@ def mxnet():
 
 @pytest.fixture(scope='module')
 def nets(mxnet, tmp_path_factory):
-    """``nets(kind)``: the folder with the weights and outputs of a network that MXNet has run."""
-
-    @functools.cache
-    def run(kind):
-        folder = tmp_path_factory.mktemp(kind.split()[0])
-        options = dict(
-            depth=DEPTHS[kind], deformable=kind != 'R-FCN', width=WIDTH, classes=CLASSES, reduced=REDUCED,
-            seed=SEEDS[kind], scales=SCALES, ratios=RATIOS, height_width=HEIGHT_WIDTH, scale=SCALE, means_bgr=MEANS,
-        )  # fmt: skip
-        command = [mxnet, Path(__file__).with_name('mxnet_rfcn.py'), folder, json.dumps(options)]
-        environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-        result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        return folder
-
-    return run
+    """``nets[kind]``: the folder with the weights and outputs of a network that MXNet has run; one process for all."""
+    folder = tmp_path_factory.mktemp('nets')
+    options = [
+        dict(
+            depth=depth, two_fc='Faster' in kind, deformable='Deformable' in kind, width=WIDTH, classes=CLASSES,
+            reduced=REDUCED, seed=SEEDS[kind], scales=SCALES, ratios=RATIOS, height_width=HEIGHT_WIDTH, scale=SCALE,
+            means_bgr=MEANS,
+        )
+        for kind, depth in DEPTHS.items()
+    ]  # fmt: skip
+    command = [mxnet, Path(__file__).with_name('mxnet_rfcn.py'), folder, *map(json.dumps, options)]
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    return {kind: folder / str(number) for number, kind in enumerate(DEPTHS)}
 
 
 def detector(kind, state, change=lambda model: None):
-    """The model of configs/rfcn at the width of the random net."""
+    """The model of a config at the width of the random net."""
     register_all_modules()
-    name = 'rfcn_r101-mxnet_voc0712.py'
-    model = Config.fromfile(ROOT / 'configs/rfcn' / (f'deformable-{name}' if kind != 'R-FCN' else name)).model
+    model = Config.fromfile(ROOT / 'configs' / CONFIGS[kind]).model
     model.backbone.update(depth=int(DEPTHS[kind]), base_channels=WIDTH, init_cfg=None)
     model.rpn_head.update(in_channels=16 * WIDTH, feat_channels=16)
     model.rpn_head.anchor_generator.update(scales=list(SCALES), ratios=list(RATIOS))
-    model.roi_head.bbox_head.update(in_channels=32 * WIDTH, reduced_channels=REDUCED, num_classes=CLASSES)
+    head = model.roi_head.bbox_head
+    head.num_classes = CLASSES
+    if 'Faster' in kind:
+        model.roi_head.bbox_roi_extractor.update(in_channels=32 * WIDTH, out_channels=REDUCED)
+        head.update(in_channels=REDUCED, fc_out_channels=48)
+    else:
+        head.update(in_channels=32 * WIDTH, reduced_channels=REDUCED)
     change(model)
     model = MODELS.build(model)
     model.load_state_dict(state, strict=True)
@@ -92,20 +102,30 @@ def compare(kind, folder, model):
     with np.load(folder / 'outputs.npz') as outputs:
         theirs = {name: torch.from_numpy(array) for name, array in outputs.items()}
     seen = {}
+    two_fc, deformable = 'Faster' in kind, 'Deformable' in kind
     head, pooled = model.roi_head.bbox_head, []
     modules = {
         'pool1': model.backbone.maxpool, 'objectness': model.rpn_head.rpn_cls, 'rpn_bbox_pred': model.rpn_head.rpn_reg,
-        'relu1': head.reduce, 'rfcn_cls': head.cls_maps, 'rfcn_bbox': head.reg_maps,
     }  # fmt: skip
+    if two_fc:
+        extractor = model.roi_head.bbox_roi_extractor
+        modules.update(
+            relu1=extractor.reduce, roi_pool=extractor, fc_new_1=head.shared_fcs[0], fc_new_2=head.shared_fcs[1],
+            bbox_pred=head.fc_reg,
+        )  # fmt: skip
+        if deformable:
+            modules['offset'] = extractor.offset_fc
+    else:
+        modules.update(relu1=head.reduce, rfcn_cls=head.cls_maps, rfcn_bbox=head.reg_maps)
+        pool = head._pool
+        head._pool = lambda *arguments: pooled.append(pool(*arguments)) or pooled[-1]
     for letter, block in zip('abc', model.backbone.layer4, strict=True):
         modules[f'res5{letter}_branch2b'] = block.conv2
-        if kind != 'R-FCN':
+        if deformable:
             modules[f'res5{letter}_offset'] = block.conv2.conv_offset
     for name, module in modules.items():
         # Copies: what stands behind a layer works in place.
         module.register_forward_hook(lambda _module, _inputs, out, name=name: seen.update({name: out.clone()}))
-    pool = head._pool
-    head._pool = lambda *arguments: pooled.append(pool(*arguments)) or pooled[-1]
 
     image = theirs['picture'].flip(-1).permute(2, 0, 1)  # BGR, as mmdet loads it
     sample = DetDataSample(metainfo=dict(img_shape=HEIGHT_WIDTH, ori_shape=(62, 85), scale_factor=(SCALE, SCALE)))
@@ -133,15 +153,25 @@ def compare(kind, folder, model):
                 same(part, seen[part], theirs[part])
     same('res5', features[1], theirs['res5'])
     same('relu1', seen['relu1'].relu(), theirs['relu1'])
-    same('rfcn_cls', seen['rfcn_cls'].roll(49, dims=1), theirs['rfcn_cls'])
-    stds = torch.tensor(shared.BOX_STDS).repeat_interleave(49)[:, None, None]
-    same('rfcn_bbox', seen['rfcn_bbox'] * stds, theirs['rfcn_bbox'][:, 4 * 49 :])
-    if kind != 'R-FCN':
-        offsets, _, box_offsets, _ = pooled[:4]
-        same('rfcn_cls_offset', offsets.roll(2, dims=1), theirs['rfcn_cls_offset'])
-        same('rfcn_bbox_offset', box_offsets, theirs['rfcn_bbox_offset'])
+    stds = torch.tensor(shared.BOX_STDS)
+    if two_fc:
+        if deformable:
+            same('offset', seen['offset'], theirs['offset'])
+        same('roi_pool', seen['roi_pool'], theirs['roi_pool'])
+        for name in ('fc_new_1', 'fc_new_2'):
+            same(name, seen[name].relu(), theirs[name].relu())
+        deltas = seen['bbox_pred'] * stds.repeat(CLASSES)
+    else:
+        same('rfcn_cls', seen['rfcn_cls'].roll(49, dims=1), theirs['rfcn_cls'])
+        per_map = stds.repeat_interleave(49)[:, None, None]
+        same('rfcn_bbox', seen['rfcn_bbox'] * per_map, theirs['rfcn_bbox'][:, 4 * 49 :])
+        if deformable:
+            offsets, _, box_offsets, _ = pooled[:4]
+            same('rfcn_cls_offset', offsets.roll(2, dims=1), theirs['rfcn_cls_offset'])
+            same('rfcn_bbox_offset', box_offsets, theirs['rfcn_bbox_offset'])
+        deltas = pooled[-1].mean(dim=(2, 3)) * stds
     same('class probabilities', raw.scores.roll(1, dims=1), theirs['cls_vote'])
-    same('deltas', pooled[-1].mean(dim=(2, 3)) * torch.tensor(shared.BOX_STDS), theirs['bbox_vote'][:, 4:])
+    same('deltas', deltas, theirs['bbox_vote'][:, 4:])
 
     detections = theirs['detections'].float()
     assert len(detections) == len(found) == 100 and len(detections[:, 5].unique()) == CLASSES
@@ -152,7 +182,7 @@ def compare(kind, folder, model):
 
 @pytest.mark.parametrize('kind', DEPTHS)
 def test_equals_mxnet_layer_by_layer(kind, nets, tmp_path):
-    folder = nets(kind)
+    folder = nets[kind]
     result = run_tool('model_converters/rfcn_mxnet_to_mmdet.py', folder / 'net-0000.params', tmp_path / 'converted.pth')
     assert result.returncode == 0, result.stderr
     assert f': {kind} on ResNet-{DEPTHS[kind]}, {CLASSES} classes, 9 anchors' in result.stdout
@@ -176,6 +206,11 @@ def _without_test(state, params):
     """The training's box layer, as if it were the test's."""
     left = {name: array for name, array in params.items() if '_test' not in name}
     state.update(converter.convert(left, box_maps='final'))
+
+
+def _bins_first(weight):
+    """A fully connected layer as if the bins of all channels came one after another, and not a channel's bins."""
+    return weight.unflatten(1, (-1, 49)).transpose(1, 2).flatten(1)
 
 
 MISTAKES = {
@@ -218,16 +253,45 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize('mistake', MISTAKES)
-def test_the_comparison_notices(mistake, nets):
+#: Of the two-fc heads alone; what comes before them is that of R-FCN.
+TWO_FC_MISTAKES = {
+    'gamma lost': ('pool1', _to_weights('backbone.bn1.weight', torch.ones_like)),
+    'means in RGB': ('pool1', MISTAKES['means in RGB'][1]),
+    'one deformable group': ('res5a_offset', MISTAKES['one deformable group'][1]),
+    'offsets swapped x and y': ('offset', _to_weights('offset_fc', lambda each: each.roll(49, 0))),
+    'bins of offsets turned': (
+        'offset',
+        _to_weights('offset_fc', lambda each: each.unflatten(0, (2, 7, 7)).transpose(1, 2).flatten(0, 2)),
+    ),
+    'bins first into the offsets': ('offset', _to_weights('offset_fc.weight', _bins_first)),
+    'no offsets': ('offset', _to_weights('offset_fc', torch.zeros_like)),
+    'offsets ten times as far': (
+        'roi_pool',
+        _to_model(lambda model: model.roi_head.bbox_roi_extractor.update(trans_std=1.0)),
+    ),
+    'bins first into the fc': ('fc_new_1', _to_weights('shared_fcs.0.weight', _bins_first)),
+    'background first': ('class probabilities', _to_weights('fc_cls', lambda each: each.roll(1, 0))),
+    "box of background is a class's": ('deltas', _to_weights('fc_reg', lambda each: each.roll(4, 0))),
+    'box layer of training': ('deltas', _without_test),
+}
+
+
+@pytest.mark.parametrize(
+    ('kind', 'mistake'),
+    [
+        *(('Deformable R-FCN', mistake) for mistake in MISTAKES),
+        *(('Deformable Faster R-CNN', mistake) for mistake in TWO_FC_MISTAKES),
+    ],
+)
+def test_the_comparison_notices(kind, mistake, nets):
     """Each mistake that a converter or a config could make is noticed, in the layer where it acts first."""
-    layer, plant = MISTAKES[mistake]
-    folder = nets('Deformable R-FCN')
+    layer, plant = (TWO_FC_MISTAKES if 'Faster' in kind else MISTAKES)[mistake]
+    folder = nets[kind]
     params = converter.read_params(folder / 'net-0000.params')
     state = converter.convert(params)
-    model = detector('Deformable R-FCN', state, plant(state, params) or (lambda model: None))
+    model = detector(kind, state, plant(state, params) or (lambda model: None))
     with pytest.raises(AssertionError, match=f'^{layer}: '):
-        compare('Deformable R-FCN', folder, model)
+        compare(kind, folder, model)
 
 
 def write_array(array, version=V2, shape=None, element=None, storage=0):
@@ -306,12 +370,17 @@ def test_refuses_foreign_and_hostile_files(content, message, tmp_path, monkeypat
     assert not (tmp_path / 'out.pth').exists()
 
 
-def tiny(deformable=True):
-    """Weights of the right names, with as few channels as the converter takes."""
+KINDS = ('weight', 'bias')
+FULLY_CONNECTED = ('fc_new', 'cls_score', 'bbox_pred', 'offset')
+
+
+def tiny(deformable=True, two_fc=False):
+    """Weights of the right names, with as few channels as the converter takes; one class."""
     arrays = {}
 
     def conv(name, out, channels=2):
-        arrays[f'arg:{name}_weight'] = np.random.default_rng(out).normal(size=(out, channels, 1, 1))
+        size = (out, channels) if name.startswith(FULLY_CONNECTED) else (out, channels, 1, 1)
+        arrays[f'arg:{name}_weight'] = np.random.default_rng(out).normal(size=size)
         arrays[f'arg:{name}_bias'] = np.random.default_rng(out).normal(size=out)
 
     for unit in shared.resnet_units('50'):
@@ -321,13 +390,18 @@ def tiny(deformable=True):
             arrays[f'{kind}:{unit.bn}_{name}'] = np.ones(2)
         if deformable and unit.conv.startswith('res5') and unit.conv.endswith('2b'):
             conv(f'{unit.conv}_offset', 72)
-    layers = dict(rpn_conv_3x3=2, rpn_cls_score=4, rpn_bbox_pred=8, conv_new_1=2, rfcn_cls=98, rfcn_bbox=392)
-    if deformable:
-        layers.update(rfcn_cls_offset_t=2 * 98, rfcn_bbox_offset_t=98)
+    layers = dict(rpn_conv_3x3=2, rpn_cls_score=4, rpn_bbox_pred=8, conv_new_1=2)
+    if two_fc:
+        layers.update(fc_new_1=2, fc_new_2=2, cls_score=2, bbox_pred=8, **(dict(offset=98) if deformable else {}))
+    else:
+        layers.update(rfcn_cls=98, rfcn_bbox=392)
+        if deformable:
+            layers.update(rfcn_cls_offset_t=2 * 98, rfcn_bbox_offset_t=98)
     for name, out in layers.items():
         conv(name, out)
     for kind in ('weight', 'bias'):
-        arrays[f'arg:rfcn_bbox_{kind}_test'] = arrays[f'arg:rfcn_bbox_{kind}'] * 3
+        box_layer = f'arg:{"bbox_pred" if two_fc else "rfcn_bbox"}_{kind}'
+        arrays[f'{box_layer}_test'] = arrays[box_layer] * 3
     return {name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}
 
 
@@ -343,6 +417,41 @@ def test_box_layer_with_and_without_its_test_form():
     torch.testing.assert_close(converter.convert(plain, box_maps='final')[key], raw / stds)
     with pytest.raises(converter.ConversionError, match='name it, --box-maps final'):
         converter.convert(plain)
+
+
+def test_box_layer_of_two_fc_with_and_without_its_test_form():
+    params = tiny(two_fc=True)
+    plain = {name: array for name, array in params.items() if '_test' not in name}
+    key, raw = 'roi_head.bbox_head.fc_reg.bias', torch.from_numpy(plain['arg:bbox_pred_bias'])[4:]
+    stds = torch.tensor(shared.BOX_STDS)
+    torch.testing.assert_close(converter.convert(params)[key], raw * 3 / stds)
+    torch.testing.assert_close(converter.convert(plain, box_maps='raw')[key], raw)
+    torch.testing.assert_close(converter.convert(plain, box_maps='final')[key], raw / stds)
+    with pytest.raises(converter.ConversionError, match='bbox_pred_weight_test is missing'):
+        converter.convert(plain)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda params: params.pop('arg:fc_new_1_weight'), "'fc_new_1_weight' is missing: no Faster R-CNN on"),
+        (lambda params: params.pop('arg:offset_weight'), "belong to no Faster R-CNN: 'res5a_branch2b_offset"),
+        (lambda params: _layer(params, 'rfcn_cls', 98), "belong to no Faster R-CNN: 'rfcn_cls_weight"),
+        (lambda params: _layer(params, 'fc_new_2', 2), "layer 'fc_new_2' and its normalisation or bias"),
+        (lambda params: _replace(params, 'offset_bias', (2,)), "layer 'offset' and its normalisation or bias"),
+        (lambda params: _replace(params, 'bbox_pred_bias_test', (12,)), "layer 'bbox_pred' and its"),
+        (
+            lambda params: [_replace(params, f'cls_score_{kind}', (4, 2)[: 2 - (kind == 'bias')]) for kind in KINDS],
+            'bbox_pred has 8 channels for 3 classes and background instead of 16',
+        ),
+    ],
+)
+def test_refuses_other_two_fc_networks(change, message):
+    params = tiny(two_fc=True)
+    change(params)
+    with pytest.raises(converter.ConversionError) as raised:
+        converter.convert(params)
+    assert message in str(raised.value) and '\n' not in str(raised.value)
 
 
 @pytest.mark.parametrize(

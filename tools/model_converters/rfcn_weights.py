@@ -72,13 +72,13 @@ def resnet_units(depth: str) -> Iterator[Unit]:
                 yield Unit(f'res{branch}', f'bn{branch}', f'{to}.conv{number}', f'{to}.bn{number}')
 
 
-def check_fit(name: str, weight: Tensor, others: list[Tensor]) -> None:
-    """Refuse a convolution whose bias or normalisation has another number of channels.
+def check_fit(name: str, weight: Tensor, others: list[Tensor], dims: int = 4) -> None:
+    """Refuse a convolution, or a layer of other ``dims``, whose bias or normalisation has another number of channels.
 
     Raises:
         ConversionError: naming the layer and the shapes.
     """
-    if weight.dim() != 4 or any(other.numel() != len(weight) for other in others):
+    if weight.dim() != dims or any(other.numel() != len(weight) for other in others):
         shapes = ', '.join(str(tuple(each.shape)) for each in (weight, *others))
         raise ConversionError(f'layer {name!r} and its normalisation or bias do not fit together: {shapes}')
 
@@ -113,14 +113,14 @@ def foreground_boxes(maps: Tensor, raw: bool) -> Tensor:
     return foreground.flatten(0, 1)
 
 
-def finish(state: dict[str, Tensor], left: Collection[str]) -> dict[str, Tensor]:
+def finish(state: dict[str, Tensor], left: Collection[str], network: str = 'R-FCN') -> dict[str, Tensor]:
     """The state dict, after the last checks.
 
     Raises:
         ConversionError: layers of the file are left over, or anchors have no four deltas each.
     """
     if left:
-        raise ConversionError(f'these layers belong to no R-FCN: {", ".join(list(left)[:8])!r:.200}')
+        raise ConversionError(f'these layers belong to no {network}: {", ".join(list(left)[:8])!r:.200}')
     anchors = state['rpn_head.rpn_cls.bias'].numel()
     if state['rpn_head.rpn_reg.bias'].numel() != 4 * anchors:
         raise ConversionError(f'rpn_bbox_pred does not have 4 channels for each of the {anchors} anchors')
@@ -132,6 +132,8 @@ def write_checkpoint(path: Path, state: dict[str, Tensor], network: str) -> None
     content = io.BytesIO()
     torch.save({'meta': {}, 'state_dict': state}, content)
     write_whole(path, content.getbuffer())
-    classes = state['roi_head.bbox_head.cls_maps.bias'].numel() // BINS - 1
+    head = 'roi_head.bbox_head'
+    maps = state.get(f'{head}.cls_maps.bias')  # R-FCN's; the other heads have a fully connected layer
+    classes = (len(state[f'{head}.fc_cls.bias']) if maps is None else len(maps) // BINS) - 1
     anchors = state['rpn_head.rpn_cls.bias'].numel()
     print(f'{path}: {network}, {classes} classes, {anchors} anchors, {len(state)} tensors')

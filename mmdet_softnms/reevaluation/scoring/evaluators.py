@@ -409,7 +409,7 @@ def notes(found: Sequence[Other], voc: bool) -> list[str]:
     """One line about every configured evaluator whose numbers differ from those in our columns."""
     shown = "AP, AP50 ... AR100 are COCO's for boxes"
     if voc:
-        shown += ", VOC07_AP50 and VOC12_AP50 are VOC's"
+        shown += ", VOC07_AP50, VOC07_AP70 and VOC12_AP50 are VOC's"
     lines = []
     for other in found:
         if other.columns:

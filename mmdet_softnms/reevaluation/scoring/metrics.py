@@ -30,6 +30,9 @@ from mmdet_softnms.reevaluation.scoring.evaluators import (
 COCO_STATS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 #: The metric at each of the ten IoU thresholds of COCO's AP.
 AP_NAMES = tuple(f'AP{round(100 * threshold)}' for threshold in IOU_THRS)
+#: VOC's metrics by IoU threshold: names, and mmdet's names of their definitions.
+VOC_METRICS = {0.5: dict(VOC07_AP50='11points', VOC12_AP50='area'), 0.7: dict(VOC07_AP70='11points')}
+VOC_NAMES = tuple(sorted(name for modes in VOC_METRICS.values() for name in modes))
 #: The metrics that a setting can be chosen by, and the IoU thresholds (positions in IOU_THRS) that each averages over.
 CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
 #: Recall levels of the precision-recall curves.
@@ -65,7 +68,7 @@ class GroundTruth:
 class Scores:
     """What one setting scores; everything in [0, 1], unrounded, -1 where undefined."""
 
-    metrics: dict[str, float]  # COCO_STATS, AP_NAMES and, for VOC, VOC07_AP50 and VOC12_AP50
+    metrics: dict[str, float]  # COCO_STATS, AP_NAMES and, for VOC, those of VOC_METRICS
     per_class: dict[str, float]  # AP of every class with an object
     precision: dict[str, list[float]]  # per IoU threshold: mean precision over classes at each of RECALLS
 
@@ -356,10 +359,10 @@ class Evaluator:
         return found
 
     def _voc_scores(self, results: Sequence[InstanceData]) -> dict[str, float]:
-        """PASCAL VOC AP at IoU 0.5 by both definitions, in VOC's pixel convention; difficult objects are left out.
+        """PASCAL VOC AP by both definitions, in VOC's pixel convention; difficult objects are left out.
 
-        ``VOC07_AP50``: the 11-point metric of VOC2007 (the one the Soft-NMS authors report); ``VOC12_AP50``: the area
-        under the precision-recall curve.
+        ``VOC07_AP50``: the 11-point metric of VOC2007 at IoU 0.5 (the one the Soft-NMS authors report), and at 0.7
+        (``VOC07_AP70``, Deformable-ConvNets' second column); ``VOC12_AP50``: the area under the precision-recall curve.
         """
         from mmdet.evaluation.functional import average_precision, eval_map
 
@@ -369,20 +372,21 @@ class Evaluator:
             rows = np.concatenate([result.bboxes.numpy(), result.scores.numpy()[:, None]], 1)
             labels = result.labels.numpy()
             detections.append([rows[labels == label] for label in range(num_classes)])
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', RuntimeWarning)  # 0/0 for classes without any object
-            _, curves = eval_map(
-                detections,
-                self.truth.voc,
-                iou_thr=0.5,
-                dataset=self.truth.classes,
-                logger='silent',
-                nproc=1,  # it copies everything to each of its processes; settings are what is spread over cores
-                use_legacy_coordinate=True,
-            )
         values = {}
-        for name, mode in (('VOC07_AP50', '11points'), ('VOC12_AP50', 'area')):
-            # One matching serves both definitions.
-            aps = [average_precision(one['recall'], one['precision'], mode) for one in curves if one['num_gts'] > 0]
-            values[name] = float(np.mean(aps)) if aps else 0.0
+        for iou_thr, modes in VOC_METRICS.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', RuntimeWarning)  # 0/0 for classes without any object
+                _, curves = eval_map(
+                    detections,
+                    self.truth.voc,
+                    iou_thr=iou_thr,
+                    dataset=self.truth.classes,
+                    logger='silent',
+                    nproc=1,  # it copies everything to each of its processes; settings are what is spread over cores
+                    use_legacy_coordinate=True,
+                )
+            for name, mode in modes.items():
+                # One matching serves both definitions.
+                aps = [average_precision(one['recall'], one['precision'], mode) for one in curves if one['num_gts'] > 0]
+                values[name] = float(np.mean(aps)) if aps else 0.0
         return values
