@@ -13,7 +13,7 @@ How: a bin is a rectangle, or a grid, of samples, so its weights are an outer pr
 corners of an integral image, in float64. Means of samples are ``wy @ map @ wx`` with one row of weights for each RoI,
 which is dense arithmetic that every device is good at and that differentiates with respect to the offsets as well.
 Rectangles go through one image and one row of bins at a time, samples through one bin at a time, and both compute again
-for the gradient instead of keeping, so that memory does not grow with P.
+for the gradient what would be large, so that memory does not grow with P.
 
 Glossary: N images, C output channels, P bins a side, H x W pixels of a map, R RoIs, G groups of channels that share
 offsets.
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 KINDS = ('caffe', 'torchvision', 'bilinear', 'deformable')
+_KEPT_BYTES = 2**27  # sums over rows up to this size are kept for the gradient, larger ones computed again
 
 
 def ps_roi_pool(
@@ -240,36 +241,50 @@ def _mean_of_samples(
     Returns (R, C, P, P).
     """
     bins = maps.shape[2]
+    height, width = maps.shape[4:]
+    # RoIs by image, (N, M): M, the most of an image, for each; the places without a RoI repeat RoI 0 and are not used.
     by_image = list(_by_image(image, len(maps)))
+    most = max((len(mine) for _, mine in by_image), default=0)
+    rois = image.new_zeros(len(maps), most)
+    place = torch.zeros_like(image)  # of a RoI in the flattened (N, M)
+    for n, mine in by_image:
+        rois[n, : len(mine)] = mine
+        place[mine] = n * most + torch.arange(len(mine), device=image.device)
+
+    def weights(along_x: Tensor, along_y: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+        return (
+            _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind),
+            _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind),
+        )
 
     def one_bin(of_bin: Tensor, along_x: Tensor, along_y: Tensor, i: int, j: int) -> Tensor:
         """``of_bin`` (N, C, H, W), ``along_x`` and ``along_y`` (R, G) -> (R, C)."""
         groups = along_x.shape[1]
-        height, width = of_bin.shape[2:]
-        wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind)
-        wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind)
-        # Part of the graph without any RoI, too, as DDP wants it.
-        pooled = of_bin.new_zeros(len(boxes), of_bin.shape[1]) + of_bin.flatten()[:0].sum()
-        for n, mine in by_image:
-            grouped = of_bin[n].reshape(groups, -1, height, width).transpose(1, 2)  # (G, H, C / G, W)
-            over_rows = torch.bmm(wy[mine].transpose(0, 1), grouped.flatten(2)).view(groups, len(mine), -1, width)
-            mean = (over_rows * wx[mine].transpose(0, 1)[:, :, None]).sum(-1)  # (G, R of this image, C / G)
-            pooled = pooled.index_copy(0, mine, mean.permute(1, 0, 2).flatten(1))
-        return pooled
+        wx, wy = (each[rois].transpose(1, 2) for each in weights(along_x, along_y, i, j))  # (N, G, M, size)
+        grouped = of_bin.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)  # (N, G, H, C / G * W)
+        over_rows = (wy @ grouped).unflatten(3, (-1, width))  # (N, G, M, C / G, W)
+        mean = (over_rows * wx[:, :, :, None]).sum(-1)  # (N, G, M, C / G)
+        return mean.transpose(1, 2).flatten(2).flatten(0, 1)[place]
 
+    # Unbound at once: the gradient of a slice would fill a tensor of the size of all maps with zeros for each bin.
+    planes = maps.flatten(2, 3).unbind(2)
+    along_x, along_y = (offsets[:, axis::2].flatten(2).unbind(2) for axis in (0, 1))
+    # Keeping the sums over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
+    recompute = len(maps) * most * maps.shape[1] * width * bins**2 * maps.element_size() > _KEPT_BYTES
     pooled = []
-    for i in range(bins):
-        for j in range(bins):
-            arguments = (maps[:, :, i, j], offsets[:, 0::2, i, j], offsets[:, 1::2, i, j], i, j)
-            # Keeps the sums over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
+    for bin_index, (i, j) in enumerate(itertools.product(range(bins), repeat=2)):
+        arguments = (planes[bin_index], along_x[bin_index], along_y[bin_index], i, j)
+        if recompute:
             pooled.append(checkpoint(one_bin, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pooled.append(one_bin(*arguments))
     return torch.stack(pooled, dim=-1).unflatten(-1, (bins, bins))
 
 
 def _sample_weights(
     start: Tensor, end: Tensor, offset: Tensor, index: int, bins: int, spatial_scale: float, size: int, kind: str
 ) -> Tensor:
-    """Weights along one axis, (R, G, size), of the samples in bin ``index``: sums of hats, divided by their number.
+    """Weights along one axis, (R, G, size), of bin ``index``: the mean of those of its samples.
 
     ``start`` and ``end`` (R,) in pixels of the input image, ``offset`` (R, G) in RoI sizes.
     """
@@ -288,7 +303,11 @@ def _sample_weights(
         samples = torch.arange(4, device=start.device) * (step / 4)[:, None]
         places = corner[..., None] + samples[:, None]  # (R, G, S)
         inside = (places >= -0.5) & (places <= size - 0.5)
-        places = places.clamp(0, size - 1).where(inside, -1)  # no pixel is that near
-    pixels = torch.arange(size, device=start.device)
-    hats = (1 - (places[..., None] - pixels).abs()).relu()
-    return hats.sum(dim=-2) / inside.sum(dim=-1, keepdim=True).clamp(min=1)
+        places = places.clamp(0, size - 1).where(inside, 0)  # an offset may be NaN
+    # Two pixels a sample. On a whole pixel they are one, and the gradient of its place is 0, as in the originals.
+    lower, upper = places.detach().floor(), places.detach().ceil()
+    share = places - lower
+    weights = places.new_zeros(*places.shape[:-1], size)
+    for pixel, weight in ((lower, 1 - share), (upper, share)):
+        weights = weights.scatter_add(-1, pixel.long(), weight * inside)
+    return weights / inside.sum(dim=-1, keepdim=True).clamp(min=1)
