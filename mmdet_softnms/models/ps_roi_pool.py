@@ -241,36 +241,29 @@ def _mean_of_samples(
     Returns (R, C, P, P).
     """
     bins = maps.shape[2]
-    height, width = maps.shape[4:]
-    # RoIs by image, (N, M): M, the most of an image, for each; the places without a RoI repeat RoI 0 and are not used.
     by_image = list(_by_image(image, len(maps)))
-    most = max((len(mine) for _, mine in by_image), default=0)
-    rois = image.new_zeros(len(maps), most)
-    place = torch.zeros_like(image)  # of a RoI in the flattened (N, M)
-    for n, mine in by_image:
-        rois[n, : len(mine)] = mine
-        place[mine] = n * most + torch.arange(len(mine), device=image.device)
-
-    def weights(along_x: Tensor, along_y: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
-        return (
-            _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind),
-            _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind),
-        )
 
     def one_bin(of_bin: Tensor, along_x: Tensor, along_y: Tensor, i: int, j: int) -> Tensor:
         """``of_bin`` (N, C, H, W), ``along_x`` and ``along_y`` (R, G) -> (R, C)."""
         groups = along_x.shape[1]
-        wx, wy = (each[rois].transpose(1, 2) for each in weights(along_x, along_y, i, j))  # (N, G, M, size)
-        grouped = of_bin.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)  # (N, G, H, C / G * W)
-        over_rows = (wy @ grouped).unflatten(3, (-1, width))  # (N, G, M, C / G, W)
-        mean = (over_rows * wx[:, :, :, None]).sum(-1)  # (N, G, M, C / G)
-        return mean.transpose(1, 2).flatten(2).flatten(0, 1)[place]
+        height, width = of_bin.shape[2:]
+        wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind)
+        wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind)
+        # Part of the graph without any RoI, too, as DDP wants it.
+        pooled = of_bin.new_zeros(len(boxes), of_bin.shape[1]) + of_bin.flatten()[:0].sum()
+        for n, mine in by_image:
+            grouped = of_bin[n].reshape(groups, -1, height, width).transpose(1, 2)  # (G, H, C / G, W)
+            over_rows = torch.bmm(wy[mine].transpose(0, 1), grouped.flatten(2)).view(groups, len(mine), -1, width)
+            mean = (over_rows * wx[mine].transpose(0, 1)[:, :, None]).sum(-1)  # (G, R of this image, C / G)
+            pooled = pooled.index_copy(0, mine, mean.permute(1, 0, 2).flatten(1))
+        return pooled
 
     # Unbound at once: the gradient of a slice would fill a tensor of the size of all maps with zeros for each bin.
     planes = maps.flatten(2, 3).unbind(2)
     along_x, along_y = (offsets[:, axis::2].flatten(2).unbind(2) for axis in (0, 1))
-    # Keeping the sums over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
-    recompute = len(maps) * most * maps.shape[1] * width * bins**2 * maps.element_size() > _KEPT_BYTES
+    # The gradient of the offsets needs the sums over rows, (R, C, W): 7 MB a bin, 360 in all, for COCO's classes.
+    kept = len(boxes) * maps[0, :, :, :, 0].numel() * maps.element_size()
+    recompute = offsets.requires_grad and kept > _KEPT_BYTES
     pooled = []
     for bin_index, (i, j) in enumerate(itertools.product(range(bins), repeat=2)):
         arguments = (planes[bin_index], along_x[bin_index], along_y[bin_index], i, j)
