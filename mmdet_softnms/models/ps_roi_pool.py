@@ -13,7 +13,7 @@ How: a bin is a rectangle, or a grid, of samples, so its weights are an outer pr
 corners of an integral image, in float64. Means of samples are ``wy @ map @ wx`` with one row of weights for each RoI,
 which is dense arithmetic that every device is good at and that differentiates with respect to the offsets as well.
 Rectangles go through one image and one row of bins at a time, samples through one bin at a time, and both compute again
-for the gradient instead of keeping, so that memory does not grow with P.
+for the gradient what would be large, so that memory does not grow with P.
 
 Glossary: N images, C output channels, P bins a side, H x W pixels of a map, R RoIs, G groups of channels that share
 offsets.
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 KINDS = ('caffe', 'torchvision', 'bilinear', 'deformable')
+_KEPT_BYTES = 2**27  # sums over rows up to this size are kept for the gradient, larger ones computed again
 
 
 def ps_roi_pool(
@@ -263,20 +264,27 @@ def _mean_of_samples(
             pooled = pooled.index_copy(0, mine, mean.permute(1, 0, 2).flatten(1))
         return pooled
 
+    # Unbound at once: the gradient of a slice would fill a tensor of the size of all maps with zeros for each bin.
+    planes = maps.flatten(2, 3).unbind(2)
+    along_x, along_y = (offsets[:, axis::2].flatten(2).unbind(2) for axis in (0, 1))
+    # The gradient of the offsets needs the sums over rows, (R, C, W): 7 MB a bin, 360 in all, for COCO's classes.
+    kept = len(boxes) * bins**2 * maps.shape[1] * maps.shape[-1] * maps.element_size()
+    recompute = offsets.requires_grad and kept > _KEPT_BYTES
     pooled = []
-    for i in range(bins):
-        for j in range(bins):
-            of_bin = maps[:, :, i % maps.shape[2], j % maps.shape[3]]
-            arguments = (of_bin, offsets[:, 0::2, i, j], offsets[:, 1::2, i, j], i, j)
-            # Keeps the sums over rows, (R, C, W), of one bin instead of all: 7 MB, not 360, for COCO's classes.
+    for bin_index, (i, j) in enumerate(itertools.product(range(bins), repeat=2)):
+        plane = planes[bin_index % len(planes)]  # one for each bin, or one for all
+        arguments = (plane, along_x[bin_index], along_y[bin_index], i, j)
+        if recompute:
             pooled.append(checkpoint(one_bin, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pooled.append(one_bin(*arguments))
     return torch.stack(pooled, dim=-1).unflatten(-1, (bins, bins))
 
 
 def _sample_weights(
     start: Tensor, end: Tensor, offset: Tensor, index: int, bins: int, spatial_scale: float, size: int, kind: str
 ) -> Tensor:
-    """Weights along one axis, (R, G, size), of the samples in bin ``index``: sums of hats, divided by their number.
+    """Weights along one axis, (R, G, size), of bin ``index``: the mean of those of its samples.
 
     ``start`` and ``end`` (R,) in pixels of the input image, ``offset`` (R, G) in RoI sizes.
     """
@@ -295,7 +303,11 @@ def _sample_weights(
         samples = torch.arange(4, device=start.device) * (step / 4)[:, None]
         places = corner[..., None] + samples[:, None]  # (R, G, S)
         inside = (places >= -0.5) & (places <= size - 0.5)
-        places = places.clamp(0, size - 1).where(inside, -1)  # no pixel is that near
-    pixels = torch.arange(size, device=start.device)
-    hats = (1 - (places[..., None] - pixels).abs()).relu()
-    return hats.sum(dim=-2) / inside.sum(dim=-1, keepdim=True).clamp(min=1)
+        places = places.clamp(0, size - 1).where(inside, 0)  # an offset may be NaN
+    # Two pixels a sample. On a whole pixel they are one, and the gradient of its place is 0, as in the originals.
+    lower, upper = places.detach().floor(), places.detach().ceil()
+    share = places - lower
+    weights = places.new_zeros(*places.shape[:-1], size)
+    for pixel, weight in ((lower, 1 - share), (upper, share)):
+        weights = weights.scatter_add(-1, pixel.long(), weight * inside)
+    return weights / inside.sum(dim=-1, keepdim=True).clamp(min=1)

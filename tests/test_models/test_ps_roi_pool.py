@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from mmdet_softnms.models import ps_roi_pool as module
 from mmdet_softnms.models.ps_roi_pool import KINDS, ps_roi_pool
 
 SCALE = 1 / 16
@@ -122,6 +123,29 @@ def test_offsets_move_the_bins_of_their_group(groups: int) -> None:
     expected = naive(maps, rois, 3, 'deformable', offsets, 0.2)
     torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=5e-6)
     assert not torch.allclose(pooled, ps_roi_pool(maps, rois, 3, SCALE, kind='deformable'))
+
+
+def test_offsets_that_are_not_finite_move_a_bin_out_of_the_map() -> None:
+    maps, rois = scene(3, channels=1)
+    offsets = torch.zeros(len(rois), 2, 3, 3)
+    offsets[0, 0, 0, 0], offsets[0, 1, 1, 1] = math.nan, math.inf
+    pooled = ps_roi_pool(maps, rois, 3, SCALE, kind='deformable', offsets=offsets)
+    expected = ps_roi_pool(maps, rois, 3, SCALE, kind='deformable')
+    expected[0, 0, 0, 0] = expected[0, 0, 1, 1] = 0
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_gradients_are_the_same_whether_sums_are_kept_or_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for kept in (0, 2**40):
+        monkeypatch.setattr(module, '_KEPT_BYTES', kept)
+        maps, rois = scene(2, channels=1)
+        offsets = torch.full((len(rois), 2, 2, 2), 0.3, requires_grad=True)
+        pooled = ps_roi_pool(maps.requires_grad_(), rois, 2, SCALE, kind='deformable', offsets=offsets)
+        gradients.append(torch.autograd.grad(pooled.square().sum(), (maps, offsets)))
+    for again, kept in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept)
+        assert bool(again.any())
 
 
 @pytest.mark.parametrize('kind', ['caffe', 'torchvision'])

@@ -1,6 +1,7 @@
 """R-FCN: what it computes once, its OHEM, its raw results, and that it learns."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import torch.multiprocessing as mp
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.models import rfcn as rfcn_module
 from mmdet_softnms.roi_heads import RFCNBBoxHead
 from tests.tiny import tiny_rfcn_model
 
+ROOT = Path(__file__).parents[2]
 POOLINGS = ['caffe', 'torchvision', 'bilinear', 'deformable']
 SIZE = (96, 128)  # height, width
 
@@ -198,6 +201,34 @@ def test_mixed_precision(pooling):
     (half['loss_cls'] + half['loss_bbox']).backward()
     for name, parameter in model.roi_head.named_parameters():
         assert bool(torch.isfinite(parameter.grad).all()) and bool(parameter.grad.any()), name
+
+
+@pytest.mark.parametrize('schedule', ['fpn', 'fpn96_short'])
+def test_the_deformable_holdout_config_is_the_other_with_deformable_pooling_and_trains(schedule):
+    register_all_modules()
+    plain, deformable = (
+        Config.fromfile(ROOT / 'configs/rfcn' / f'{name}_mobilenetv2_{schedule}_voc07-holdout.py')
+        for name in ('rfcn', 'deformable-rfcn')
+    )
+    model = copy.deepcopy(deformable.model)
+    for cfg in (plain, deformable):
+        cfg.model.roi_head.bbox_head.pop('pooling')
+        cfg.model.roi_head.bbox_head.get('init_cfg', {}).pop('override', None)
+    assert deformable.to_dict() == plain.to_dict()
+
+    model.backbone.init_cfg = None  # its file is not here
+    model.backbone.widen_factor = 0.25
+    model.neck.in_channels = [24, 1280]
+    model.train_cfg.rpn_proposal.max_per_img = 16
+    detector = MODELS.build(model)
+    detector.init_weights()
+    head = detector.roi_head.bbox_head
+    assert not head.cls_offset_maps.weight.any() and not head.reg_offset_maps.weight.any()
+    detector.train()
+    loss, _ = total_loss(detector, *batch())
+    loss.backward()
+    for maps in (head.cls_maps, head.cls_offset_maps, head.reg_offset_maps):
+        assert bool(torch.isfinite(maps.weight.grad).all()) and bool(maps.weight.grad.any())
 
 
 def _one_step(rank, port, folder):
