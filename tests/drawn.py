@@ -71,7 +71,9 @@ def drawn_test_set(num_images: int = 30, num_classes: int = 4, seed: int = 0) ->
     return Candidates.of(images), GroundTruth(classes, coco, image_ids, list(range(1, num_classes + 1)))
 
 
-def pycocotools_evaluation(truth: GroundTruth, results: Sequence[InstanceData]) -> COCOeval:
+def pycocotools_evaluation(
+    truth: GroundTruth, results: Sequence[InstanceData], kind: type[COCOeval] = COCOeval
+) -> COCOeval:
     """pycocotools' evaluation of a test set, accumulated and summarized."""
     coco = COCO()
     coco.dataset = copy.deepcopy(truth.coco)
@@ -84,7 +86,7 @@ def pycocotools_evaluation(truth: GroundTruth, results: Sequence[InstanceData]) 
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), 'bbox')
+        evaluation = kind(coco, coco.loadRes(found), 'bbox')
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

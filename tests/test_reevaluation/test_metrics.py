@@ -14,7 +14,15 @@ from pycocotools.cocoeval import COCOeval
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
-from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS, RECALLS, Evaluator, read_ground_truth
+from mmdet_softnms.reevaluation.scoring.metrics import (
+    AP_NAMES,
+    COCO_STATS,
+    RECALLS,
+    Evaluator,
+    GroundTruth,
+    are_crowded,
+    read_ground_truth,
+)
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS, describe
@@ -42,6 +50,60 @@ def test_every_number_ispycocotools_evaluation(rule, seed):
     assert scores.per_class == pytest.approx(
         {f'class {label}': curves[:, :, label].mean() for label in range(3)}, abs=1e-9
     )
+
+
+def _iou(one, other):
+    (x, y, w, h), (u, v, s, t) = one, other
+    inside = max(min(x + w, u + s) - max(x, u), 0) * max(min(y + h, v + t) - max(y, v), 0)
+    return inside / (w * h + s * t - inside)
+
+
+class _CrowdedEval(COCOeval):
+    """pycocotools' evaluation with ``ignore`` set on all objects that are not crowded."""
+
+    def _prepare(self):
+        super()._prepare()  # which sets ignore to iscrowd
+        for objects in self._gts.values():
+            for one in objects:
+                others = (other for other in objects if other is not one)
+                if not any(_iou(one['bbox'], other['bbox']) >= 0.3 for other in others):
+                    one['ignore'] = 1
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_crowded_ap_is_pycocotools_with_ignore_set_on_the_other_objects(seed):
+    candidates, truth = drawn_test_set(seed=seed)
+    results = detections(candidates, Setting(SoftNMS('gaussian'), 0.0, 100))
+    metrics = Evaluator(truth)(results).metrics
+    crowded, ignored = are_crowded(truth), [bool(one['iscrowd']) for one in truth.coco['annotations']]
+    assert (
+        10 < crowded.sum() < len(crowded) - 10 and (crowded & ignored).any() and (~crowded & ~np.array(ignored)).any()
+    )
+    expected = pycocotools_evaluation(truth, results, _CrowdedEval).stats[0]
+    assert metrics['AP_crowded'] == pytest.approx(expected, abs=1e-9)
+    assert abs(expected - metrics['AP']) > 0.01
+
+
+def test_without_a_crowded_object_there_is_no_crowded_ap():
+    candidates, truth = drawn_test_set()
+    truth.coco['annotations'] = [
+        one for one, is_crowded in zip(truth.coco['annotations'], are_crowded(truth), strict=True) if not is_crowded
+    ]
+    assert not are_crowded(truth).any()
+    metrics = Evaluator(truth)(detections(candidates, Setting(HardNMS(), 0.0, 100))).metrics
+    assert metrics['AP_crowded'] == -1 and metrics['AP'] > 0
+
+
+def test_crowded_begins_at_the_named_iou_within_a_class_and_counts_ignored_neighbours():
+    def truth(second, iscrowd=0, category_id=1):
+        first = dict(image_id=1, category_id=1, bbox=[0.0, 0.0, 13.0, 10.0], iscrowd=0)
+        annotations = [first, first | dict(category_id=category_id, bbox=[*second, 13.0, 10.0], iscrowd=iscrowd)]
+        return GroundTruth(('a', 'b'), dict(annotations=annotations), [1], [1, 2])
+
+    assert are_crowded(truth([7, 0])).all()  # IoU 60 / 200
+    assert not are_crowded(truth([7.001, 0])).any()
+    assert not are_crowded(truth([7, 0], category_id=2)).any()
+    assert are_crowded(truth([7, 0], iscrowd=1)).all()
 
 
 def test_an_evaluator_can_be_used_again():

@@ -22,9 +22,9 @@ from mmdet_softnms.rules import SoftNMS
 #: Columns of the table on the screen, those that matter most first; those no row has are left out.
 COLUMNS = ('AP', 'AP50', 'AP75', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
 #: Columns of the report.
-ALL_COLUMNS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', *VOC_NAMES)
+ALL_COLUMNS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AP_crowded', 'AR1', 'AR10', 'AR100', *VOC_NAMES)
 #: Metrics that are shares, and shown in %; any other is a configured evaluator's and shown as it gives it.
-SHARES = {*COCO_STATS, *AP_NAMES, *VOC_NAMES}
+SHARES = {*COCO_STATS, *AP_NAMES, 'AP_crowded', *VOC_NAMES}
 
 GAP = 2  # between columns
 _LABEL = 28  # a label is folded rather than a column left out, down to this width

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import faster_coco_eval
+import faster_coco_eval.core.mask as box_api
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
@@ -33,10 +34,13 @@ AP_NAMES = tuple(f'AP{round(100 * threshold)}' for threshold in IOU_THRS)
 #: VOC's metrics by IoU threshold: names, and mmdet's names of their definitions.
 VOC_METRICS = {0.5: dict(VOC07_AP50='11points', VOC12_AP50='area'), 0.7: dict(VOC07_AP70='11points')}
 VOC_NAMES = tuple(sorted(name for modes in VOC_METRICS.values() for name in modes))
+#: An object is crowded if its IoU with another object of its class, an ignored one included, is at least this.
+CROWDED_IOU = 0.3
 #: The metrics that a setting can be chosen by, and the IoU thresholds (positions in IOU_THRS) that each averages over.
 CRITERIA: dict[str, tuple[int, ...]] = dict(AP=tuple(range(10)), AP50=(0,), AP75=(5,))
 #: Recall levels of the precision-recall curves.
 RECALLS = np.linspace(0.0, 1.0, 101)
+_ALL_AREAS = [0.0, 1e10]  # COCO's
 
 
 @dataclass
@@ -68,7 +72,7 @@ class GroundTruth:
 class Scores:
     """What one setting scores; everything in [0, 1], unrounded, -1 where undefined."""
 
-    metrics: dict[str, float]  # COCO_STATS, AP_NAMES and, for VOC, those of VOC_METRICS
+    metrics: dict[str, float]  # COCO_STATS, AP_NAMES, AP_crowded and, for VOC, those of VOC_METRICS
     per_class: dict[str, float]  # AP of every class with an object
     precision: dict[str, list[float]]  # per IoU threshold: mean precision over classes at each of RECALLS
 
@@ -295,8 +299,25 @@ def _voc_annotation(instances: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return dict(bboxes=bboxes, labels=labels, bboxes_ignore=bboxes_ignore, labels_ignore=labels_ignore)
 
 
+def are_crowded(truth: GroundTruth) -> np.ndarray:
+    """(A,) bool: which annotations of ``truth.coco`` are crowded (:data:`CROWDED_IOU`)."""
+    cells: dict[tuple[int, int], list[int]] = {}
+    for number, one in enumerate(truth.coco['annotations']):
+        cells.setdefault((one['image_id'], one['category_id']), []).append(number)
+    found = np.zeros(len(truth.coco['annotations']), bool)
+    for numbers in cells.values():
+        boxes = np.array([truth.coco['annotations'][number]['bbox'] for number in numbers], np.float64)
+        overlaps = box_api.iou(boxes, boxes, [0] * len(boxes))
+        np.fill_diagonal(overlaps, 0)
+        found[numbers] = overlaps.max(1) >= CROWDED_IOU
+    return found
+
+
 class Evaluator:
     """Scores detections against one ground truth, any number of times.
+
+    ``AP_crowded`` is COCO's AP where only crowded objects count (:func:`are_crowded`). The others are ignored as COCO
+    ignores objects out of an area range: a detection that matches one is neither right nor wrong.
 
     Args:
         truth: the ground truth.
@@ -305,6 +326,12 @@ class Evaluator:
     def __init__(self, truth: GroundTruth) -> None:
         self.truth = truth
         self._coco = faster_coco_eval.COCO(truth.coco)
+        outside = 2 * _ALL_AREAS[1]
+        annotations = [
+            one if is_crowded else one | dict(area=outside)
+            for one, is_crowded in zip(truth.coco['annotations'], are_crowded(truth), strict=True)
+        ]
+        self._crowded = faster_coco_eval.COCO(truth.coco | dict(annotations=annotations))
 
     def __call__(self, results: Sequence[InstanceData]) -> Scores:
         """Score the detections of every image: ``bboxes`` (M, 4) ``xyxy``, ``scores`` (M,), ``labels`` (M,)."""
@@ -317,16 +344,8 @@ class Evaluator:
         self, results: Sequence[InstanceData]
     ) -> tuple[dict[str, float], dict[str, float], dict[str, list[float]]]:
         truth = self.truth
-        evaluation = faster_coco_eval.COCOeval_faster(
-            self._coco, self._coco.loadRes(self._to_coco(results)), 'bbox', print_function=lambda *line: None
-        )
-        evaluation.params.catIds = truth.category_ids
-        evaluation.params.imgIds = truth.image_ids
-        evaluation.params.maxDets = [1, 10, MAX_DETS]
-        evaluation.params.iouThrs = IOU_THRS
-        evaluation.params.recThrs = RECALLS
-        evaluation.evaluate()
-        evaluation.accumulate()
+        found = self._coco.loadRes(self._to_coco(results))
+        evaluation = self._accumulated(self._coco, found, maxDets=[1, 10, MAX_DETS])
         evaluation.summarize()
         metrics = dict(zip(COCO_STATS, map(float, evaluation.stats), strict=True))
         # (T, R, K) at all areas and 100 detections; classes in the order of sorted category ids.
@@ -341,7 +360,24 @@ class Evaluator:
             for name, curve in zip(AP_NAMES, curves, strict=True)
             if exists.any()
         }
+        limited = dict(maxDets=[MAX_DETS], areaRng=[_ALL_AREAS], areaRngLbl=['all'])
+        crowded = self._accumulated(self._crowded, found, **limited).eval['precision']
+        metrics['AP_crowded'] = float(crowded[crowded > -1].mean()) if (crowded > -1).any() else -1.0
         return metrics, per_class, precision
+
+    def _accumulated(self, coco: Any, found: Any, **params: Any) -> Any:
+        """COCO's evaluation of detections, up to its curves."""
+        evaluation = faster_coco_eval.COCOeval_faster(coco, found, 'bbox', print_function=lambda *line: None)
+        vars(evaluation.params).update(
+            params,
+            catIds=self.truth.category_ids,
+            imgIds=self.truth.image_ids,
+            iouThrs=IOU_THRS,
+            recThrs=RECALLS,
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        return evaluation
 
     def _to_coco(self, results: Sequence[InstanceData]) -> list[dict[str, Any]]:
         found = []
