@@ -19,6 +19,8 @@ from benchmarks.drawn import TENSORS, detector_candidates
 from benchmarks.timing import FEWEST_ROUNDS, finish, in_turns, median
 from mmdet_softnms import batched_soft_nms, soft_nms
 
+WARMUP = 'mmdet_softnms.warmup()'
+
 
 def one_by_one(boxes: list[Tensor], scores: list[Tensor], labels: list[Tensor], max_num: int) -> list[Any]:
     return [soft_nms(*image, max_num=max_num) for image in zip(boxes, scores, labels, strict=True)]
@@ -53,7 +55,7 @@ def startup(runs: int) -> dict[str, float]:
     """Median seconds of new processes: the import after torch's, the first ``warmup()``, with and without its cache."""
     program = (
         'import time, torch; start = time.perf_counter(); import mmdet_softnms; imported = time.perf_counter(); '
-        'mmdet_softnms.warmup(); print(imported - start, time.perf_counter() - imported)'
+        f'{WARMUP}; print(imported - start, time.perf_counter() - imported)'
     )
     environment = os.environ | {'PYTHONPATH': str(Path(__file__).resolve().parents[1])}
 

@@ -1,15 +1,18 @@
 """Random inputs against the definition: ``python -m tests.fuzz --cases 100000 [--seed 0] [--device cuda]``.
 
 Every case is drawn from its number and the seed alone, so a failing one can be repeated by itself. The oracle below is
-the definition of ``soft_nms`` on numpy arrays; it shares no code with the package. Results have to be the same bit for
-bit, except with the gaussian weight in float64, where two libraries may differ in the last bit of ``exp``: there the
-operator's sequence is followed, and every step of it has to be right up to rounding.
+the definition of ``soft_nms``, of box voting and of support on numpy arrays; it shares no code with the package.
+Results have to be the same bit for bit, except with the gaussian weight in float64, where two libraries may differ in
+the last bit of ``exp``: there the operator's sequence is followed, and every step of it has to be right up to rounding.
+Votes and support are sums in float64 of such ``exp`` and powers, so they may be whatever a sum with a relative error of
+1e-12 rounds to.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +20,14 @@ import torch
 from torch import Tensor
 
 from mmdet_softnms import batched_soft_nms, soft_nms
+from mmdet_softnms.ops import quality, ranked_soft_nms, vote
 
 Result = tuple[Tensor, Tensor]
 METHODS = ('linear', 'gaussian', 'hard')
+MOST_VOTED = 300  # of an image
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CLOSE = 1e-12  # relative, for the gaussian weight in float64
+CLOSE = 1e-12  # relative, for the gaussian weight in float64, and for sums
+ANY = dict(method='hard', iou_threshold=0.5, sigma=1.0, min_score=0.0, max_num=-1, decay='product')  # for overlaps
 
 
 class Image(NamedTuple):
@@ -34,6 +40,8 @@ class Case(NamedTuple):
     images: list[Image]
     parameters: dict[str, Any]
     form: str  # 'single', 'batch', or 'gradient': through the registered operator
+    around: str = ''  # 'votes': those for what is selected; 'support': selected in the order by it
+    wrapper: Mapping[str, float] = MappingProxyType({})  # parameters of it
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -42,7 +50,7 @@ class Case(NamedTuple):
 class Definition:
     """One image by the definition: scores of all boxes, and what one selection does to them."""
 
-    def __init__(self, image: Image, parameters: dict[str, Any]) -> None:
+    def __init__(self, image: Image, parameters: dict[str, Any], support: np.ndarray | None = None) -> None:
         double = torch.float64 in (image.boxes.dtype, image.scores.dtype)
         self.real: Any = np.float64 if double else np.float32
         self.boxes = image.boxes.double().numpy().astype(self.real)
@@ -55,6 +63,7 @@ class Definition:
         self.waiting = np.ones(len(self.current), bool)
         self.first, self.nearest = self.current.copy(), np.zeros_like(self.current)
         self.strongest = parameters['decay'] == 'strongest'
+        self.support = np.ones_like(self.current) if support is None else support  # the order is current times this
         self.limit = len(self.current) if parameters['max_num'] < 0 else parameters['max_num']
 
     def overlaps(self, chosen: int) -> np.ndarray:
@@ -97,9 +106,10 @@ class Definition:
             rest = np.flatnonzero(self.waiting)
             if not len(rest):
                 break
-            chosen = int(rest[self.current[rest].argmax()])  # the first of the highest
+            ranked = self.current[rest] * self.support[rest]
+            chosen = int(rest[ranked.argmax()])  # the first of the highest
             keep.append(chosen)
-            scores.append(self.current[chosen])
+            scores.append(ranked.max())
             self.take(chosen)
         return keep, np.array(scores, self.real)
 
@@ -108,10 +118,13 @@ class Definition:
         for place, (chosen, score) in enumerate(zip(keep, scores, strict=True)):
             if not self.waiting[chosen]:
                 return f'selection {place} takes box {chosen} a second time'
-            have, highest = self.current[chosen], self.current[self.waiting].max()
+            ranked = self.current * self.support
+            may = self.waiting & (self.current >= self.min_score * (1 + CLOSE))  # certainly not dropped
+            have, highest = ranked[chosen], ranked[may].max(initial=-np.inf)
             if have < highest * (1 - CLOSE) - 1e-300:
                 return f'selection {place} is box {chosen} with {have}, though the highest score is {highest}'
-            if abs(score - have) > max(relative * have, absolute) or have < self.min_score * (1 - CLOSE):
+            low = self.current[chosen] < self.min_score * (1 - CLOSE)
+            if abs(score - have) > max(relative * have, absolute) or low:
                 return f'selection {place}, box {chosen}, has the score {score}, not {have}'
             self.take(chosen)
         left = self.waiting & (self.current > self.min_score * (1 + CLOSE))
@@ -120,12 +133,12 @@ class Definition:
         return '' if len(keep) <= self.limit else f'{len(keep)} boxes are more than max_num'
 
 
-def complaint(image: Image, parameters: dict[str, Any], result: Result) -> str:
+def complaint(image: Image, parameters: dict[str, Any], result: Result, support: np.ndarray | None = None) -> str:
     """How a result differs from the definition; empty where it does not."""
     keep, scores = result[0].cpu(), result[1].detach().cpu()
     if keep.dtype != torch.int64 or scores.dtype != image.scores.dtype or keep.shape != scores.shape:
         return f'wrong types or shapes: {keep.dtype} {tuple(keep.shape)}, {scores.dtype} {tuple(scores.shape)}'
-    definition = Definition(image, parameters)
+    definition = Definition(image, parameters, support)
     with np.errstate(all='ignore'):
         if definition.method == 'gaussian' and definition.real is np.float64:
             kind = torch.finfo(scores.dtype)  # to which they were rounded on the way out
@@ -142,6 +155,56 @@ def complaint(image: Image, parameters: dict[str, Any], result: Result) -> str:
     if not torch.equal(scores, wanted):
         place = int((scores != wanted).nonzero()[0])
         return f'the score of place {place} is {scores[place].item()!r} instead of {wanted[place].item()!r}'
+    return ''
+
+
+def of_neighbours(image: Image, chosen: int, offset: float) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) IoUs with one box, 0 with other classes, and (N,) raw scores that count; both in float64."""
+    definition = Definition(image, dict(ANY, offset=offset))
+    iou = definition.overlaps(chosen).astype(np.float64)
+    if definition.labels is not None:
+        iou[definition.labels != definition.labels[chosen]] = 0
+    return iou, np.maximum(definition.current.astype(np.float64), 0)
+
+
+def rounded_range(value: np.ndarray, error: Any, kind: torch.dtype, working: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What may come out where a float64 is known up to an error."""
+    low, high = (torch.from_numpy(np.asarray(value + sign * error)).to(working).to(kind) for sign in (-1, 1))
+    return low, high
+
+
+def complaint_of_votes(image: Image, keep: Tensor, voted: Tensor, tolerance: float, offset: float) -> str:
+    """How the boxes that were voted for differ from the definition."""
+    working = torch.promote_types(torch.promote_types(image.boxes.dtype, image.scores.dtype), torch.float32)
+    voted = voted.detach().cpu()
+    if voted.dtype != image.boxes.dtype or voted.shape != (len(keep), 4):
+        return f'wrong type or shape of the votes: {voted.dtype} {tuple(voted.shape)}'
+    boxes = image.boxes.double().numpy()
+    for place, chosen in enumerate(keep.tolist()):
+        iou, scores = of_neighbours(image, chosen, offset)
+        exponent = -((1 - iou) ** 2) / tolerance
+        weight = np.where((iou > 0) & (exponent > -700), scores * np.exp(np.maximum(exponent, -700)), 0)
+        total = weight.sum()
+        mean = (weight[:, None] * boxes).sum(0) / total if total > 0 else boxes[chosen]
+        error = CLOSE * np.abs(boxes[weight > 0]).max(0, initial=0) if total > 0 else 0
+        low, high = rounded_range(mean, error, voted.dtype, working)
+        if not ((voted[place] >= low) & (voted[place] <= high)).all():
+            return f'the votes for box {chosen} give {voted[place].tolist()} instead of {mean.tolist()}'
+    return ''
+
+
+def complaint_of_support(image: Image, found: Tensor, power: float, prior: float, offset: float) -> str:
+    """How the support of all boxes differs from the definition."""
+    working = torch.promote_types(torch.promote_types(image.boxes.dtype, image.scores.dtype), torch.float32)
+    if found.dtype != working or found.shape != image.scores.shape:
+        return f'wrong type or shape of the support: {found.dtype} {tuple(found.shape)}'
+    for number in range(len(found)):
+        iou, scores = of_neighbours(image, number, offset)
+        total = (scores * iou**power).sum()
+        wanted = total / (total + prior)
+        low, high = rounded_range(wanted, CLOSE * wanted + 1e-300, working, working)
+        if not low <= found[number] <= high:
+            return f'the support of box {number} is {found[number].item()!r} instead of {wanted!r}'
     return ''
 
 
@@ -164,13 +227,20 @@ def draw(number: int, seed: int) -> Case:
     images = [_draw_image(random, parameters) for _ in range(int(random.integers(0, 5)) if form == 'batch' else 1)]
     if form == 'batch' and len({image.labels is None for image in images}) == 2:
         images = [image._replace(labels=None) for image in images]
-    return Case(images, parameters, form)
+    around = str(random.choice(['', 'votes', 'support'], p=[0.5, 0.3, 0.2]))
+    wrapper = {}
+    if around == 'votes':
+        wrapper = dict(tolerance=float(random.choice([0.025, 0.025, 0.05, 1e-3, 1e-8, 1e4, random.random() + 1e-3])))
+    elif around == 'support':
+        form = 'single' if form == 'gradient' else form  # it has none
+        power = float(random.choice([8, 8, 1, 3, 0.5, 64, 65, random.random() * 10 + 0.1]))
+        wrapper = dict(power=power, prior=float(random.choice([1, 1, 0.1, 30, 1e-6])))
+    return Case(images, parameters, form, around, wrapper)
 
 
 def _draw_image(random: np.random.Generator, parameters: dict[str, Any]) -> Image:
-    num = int(
-        random.choice([random.integers(0, 5), random.integers(1, 40), random.integers(1, 400)], p=[0.3, 0.67, 0.03])
-    )
+    sizes = (0, 5), (1, 40), (1, 400), (512, 900)  # the last: enough for the kernels of large classes
+    num = int(random.integers(*sizes[random.choice(4, p=[0.3, 0.67, 0.025, 0.005])]))
     box_type, score_type = (FLOATS[random.choice(4, p=[0.1, 0.1, 0.6, 0.2])] for _ in range(2))
     boxes = _draw_boxes(random, num, parameters)
     if box_type == torch.float16:
@@ -249,7 +319,23 @@ def _draw_labels(random: np.random.Generator, num: int) -> Tensor | None:
 def check(case: Case, device: str = 'cpu', operator: Callable[..., Result] = soft_nms) -> str:
     """What is wrong with the operator's result for a case; empty where nothing is."""
     there = [Image(*(None if tensor is None else tensor.to(device) for tensor in image)) for image in case.images]
-    if case.form == 'batch':
+    supports: list[np.ndarray | None] = [None] * len(there)
+    if case.around == 'support':
+        supports = []
+        for number, image in enumerate(there):
+            found = quality(*image, offset=case.parameters['offset'], **case.wrapper)
+            supports.append(found.cpu().numpy())
+            with np.errstate(all='ignore'):
+                words = complaint_of_support(
+                    case.images[number], found.cpu(), offset=case.parameters['offset'], **case.wrapper
+                )
+            if words:
+                return f'image {number}: {words}'
+        results = [
+            ranked_soft_nms(*image, torch.from_numpy(one).to(device), **case.parameters)
+            for image, one in zip(there, supports, strict=True)
+        ]
+    elif case.form == 'batch':
         boxes, scores, labels = zip(*there, strict=True) if there else ((), (), ())
         shared = None if any(one is None for one in labels) else list(labels)
         results = batched_soft_nms(list(boxes), list(scores), shared, **case.parameters)
@@ -260,7 +346,14 @@ def check(case: Case, device: str = 'cpu', operator: Callable[..., Result] = sof
     if len(results) != len(case.images):
         return f'{len(results)} results for {len(case.images)} images'
     for number, (image, result) in enumerate(zip(case.images, results, strict=True)):
-        if words := complaint(image._replace(scores=image.scores.detach()), case.parameters, result):
+        image = image._replace(scores=image.scores.detach())
+        words = complaint(image, case.parameters, result, supports[number])
+        if not words and case.around == 'votes':
+            keep, offset = result[0][:MOST_VOTED], case.parameters['offset']
+            voted = vote(*there[number], keep, offset=offset, **case.wrapper)
+            with np.errstate(all='ignore'):
+                words = complaint_of_votes(image, keep.cpu(), voted, offset=offset, **case.wrapper)
+        if words:
             return f'image {number}: {words}'
     return ''
 
@@ -281,7 +374,8 @@ def fuzz(
             failures += 1
             again = f'python -m tests.fuzz --seed {seed} --first {number} --cases 1 --device {device}'
             sizes = [len(image.scores) for image in case.images]
-            print(f'case {number} fails: {words}\n  {case.form}, boxes {sizes}, {case.parameters}\n  again: {again}')
+            about = f'{case.form} {case.around}, boxes {sizes}, {case.parameters} {case.wrapper}'
+            print(f'case {number} fails: {words}\n  {about}\n  again: {again}')
         if time.monotonic() - told > 10:
             told = time.monotonic()
             done = number + 1 - first

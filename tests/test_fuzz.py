@@ -27,14 +27,17 @@ def test_the_cases_are_of_every_sort() -> None:
     """What a generator never draws is never tested."""
     cases = [fuzz.draw(number, 0) for number in range(CASES)]
     images = [image for case in cases for image in case.images]
-    assert {case.form for case in cases} == {'single', 'batch', 'gradient'}
+    forms = {(case.form, case.around) for case in cases}
+    assert forms == {*itertools.product(('single', 'batch', 'gradient'), ('', 'votes', 'support'))} - {
+        ('gradient', 'support')
+    }
     methods_and_types = {(case.parameters['method'], image.boxes.dtype) for case in cases for image in case.images}
     assert methods_and_types == set(itertools.product(fuzz.METHODS, fuzz.FLOATS))
     labels = [image.labels for image in images if image.labels is not None and len(image.labels)]
     assert len(labels) < len(images) and {one.dtype for one in labels} == {torch.int64, torch.int32, torch.uint8}
     assert any(int(one.max()) > 2**62 for one in labels) and any(int(one.max()) == 0 for one in labels)
     assert {case.parameters['max_num'] for case in cases} >= {-1, 0, 1}
-    assert {len(image.scores) for image in images} >= {0, 1, 2} and max(len(image.scores) for image in images) > 200
+    assert {len(image.scores) for image in images} >= {0, 1, 2} and max(len(image.scores) for image in images) > 512
     boxes = torch.cat([image.boxes.double() for image in images])
     sides = boxes[:, 2:] - boxes[:, :2]
     assert (sides == 0).any() and (sides < 0).any() and (sides > 1e18).any()
@@ -95,6 +98,23 @@ def test_an_operator_that_is_wrong_is_noticed(wrong: Any, capsys: pytest.Capture
     assert fuzz.check(fuzz.draw(number, 0)) == ''
     if wrong is not _raises:
         assert fuzz.check(fuzz.draw(number, 0), operator=wrong) != ''
+
+
+@pytest.mark.parametrize('name', ['vote', 'quality', 'ranked_soft_nms'])
+def test_wrong_votes_and_support_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Against raw scores a thousandth higher, which moves a weighted mean by less than any tolerance would forgive."""
+    right = getattr(fuzz, name)
+
+    def wrong(boxes: Tensor, scores: Tensor, *others: Any, **parameters: Any) -> Any:
+        uneven = torch.linspace(1, 1.01, len(scores), dtype=scores.dtype, device=scores.device)
+        return right(boxes, scores * uneven, *others, **parameters)
+
+    monkeypatch.setattr(fuzz, name, wrong)
+    assert fuzz.fuzz(150) > 0
+    words = {'vote': 'votes for', 'quality': 'support of', 'ranked_soft_nms': 'score of'}
+    assert words[name] in capsys.readouterr().out
 
 
 def test_a_failure_is_exit_status_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,18 +133,20 @@ def _in_one_launch(
 def warmup(methods: Iterable[str] | None = None) -> None:
     """Load what the first call on a CPU would otherwise load: numba and the kernels, for float32 and float64.
 
-    From numba's disk cache that takes about a second, nearly all of it numba itself. On the very first time on a
-    machine every rule takes some seconds of compiling. For servers, and before worker processes are forked. May be
+    Those of every rule of :mod:`mmdet_softnms.rules`: either decay, small and large classes, votes and support. From
+    numba's disk cache that takes about a second, nearly all of it numba itself. On the very first time on a machine
+    every method takes some ten seconds of compiling. For servers, and before worker processes are forked. May be
     called any number of times, from several processes at once.
 
     Args:
-        methods: the rules to prepare, as ``method`` of :func:`mmdet_softnms.soft_nms`; None: every registered rule.
+        methods: to prepare, as ``method`` of :func:`mmdet_softnms.soft_nms`; None: every registered one.
 
     Raises:
         ValueError: there is no such rule.
     """
-    path(torch.device('cpu'))
+    cpu = path(torch.device('cpu'))  # votes and support are compiled where it is imported
     for method in list(weights.WEIGHTS) if methods is None else methods:
+        cpu.load(weights.get(method))
         soft_nms(torch.zeros(1, 4, device='cpu'), torch.ones(1, device='cpu'), method=method)
 
 

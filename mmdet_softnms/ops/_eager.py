@@ -80,6 +80,14 @@ def kernel(weight: weights.Weight, strongest: bool = False) -> Any:
     return _cpu.compile_variant(_kernels, variant, _selection, _selection_types, *_SOURCES)
 
 
+def load(weight: weights.Weight) -> None:
+    """Compile, or take from the disk cache, every kernel that a rule of this weight may call."""
+    for strongest in (False, True) if weight.falls and not weight.removes else (False,):
+        kernel(weight, strongest)
+        for supported in (False, True):
+            _cpu.kernel(weight, strongest, supported)
+
+
 def _selection_types(real: Any) -> Any:
     wide, whole = types.float64, types.int64
     numbers = whole[::1]

@@ -409,14 +409,37 @@ def test_data_loader_workers(method):
 
 
 def test_warming_up_leaves_nothing_for_the_first_call():
-    script = (
-        'import sys; from mmdet_softnms import soft_nms, warmup; warmup(); warmup(); import torch; '
-        'from mmdet_softnms.ops import _cpu, weights; modules, kernels = set(sys.modules), len(_cpu._kernels); '
-        '[soft_nms(torch.rand(5, 4).double().cumsum(1), torch.rand(5), method=method) for method in weights.WEIGHTS]; '
-        'print(kernels == len(_cpu._kernels) == len(weights.WEIGHTS), sorted(set(sys.modules) - modules))'
-    )
-    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == 'True []'
+    """Of any rule, decay, type and size of class: no kernel is compiled or loaded, and no module imported."""
+    script = """
+import sys, torch
+from mmdet_softnms import warmup
+warmup(METHODS); warmup(METHODS)
+from mmdet_softnms import rules
+from mmdet_softnms.ops import _compiled, weights
+def refuse(function, *others):
+    raise LookupError(f'{function.__qualname__} was not there')
+_compiled._compile = refuse
+modules = set(sys.modules)
+soft = [rules.SoftNMS(method, decay=decay) for method in weights.WEIGHTS for decay in ('product', 'strongest')]
+every = [*soft, *(wrap(rule=one) for one in soft for wrap in (rules.VotedNMS, rules.SupportedNMS))]
+boxes = torch.rand(600, 4).cumsum(1)
+for rule in every:
+    for num in (5, 600):
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            image = boxes[:num].to(dtype), torch.rand(num).to(dtype), torch.zeros(num, dtype=torch.int64)
+            keep, scores = rule(*image, -1)
+            if hasattr(rule, 'refine'):
+                rule.refine(*image, keep, scores)
+print(sorted(set(sys.modules) - modules))
+"""
+
+    def run(methods):
+        command = [sys.executable, '-c', script.replace('METHODS', str(methods))]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run(None)
+    assert done.stdout.strip() == '[]', done.stderr
+    assert 'LookupError: _select_linear was not there' in run(['hard']).stderr  # the control
     assert warmup(['hard']) is None
     with pytest.raises(ValueError, match="method must be one of .*, got 'cubic'"):
         warmup(['cubic'])

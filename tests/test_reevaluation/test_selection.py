@@ -1,6 +1,7 @@
 """Choice of settings: resampled APs are COCO's on resampled data, and luck is not sold as skill."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,16 +10,16 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
-from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, image_ap, pool_folds, weighted_ap
+from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, by_rank, image_ap, pool_folds, weighted_ap
 from mmdet_softnms.reevaluation.choice.selection import Difference, select
 from mmdet_softnms.reevaluation.report.verdict import selection_text
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.matching import Objects, match
 from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA, Evaluator
 from mmdet_softnms.reevaluation.scoring.settings import Setting
-from mmdet_softnms.reevaluation.scoring.sweep import detections, evaluate_all
+from mmdet_softnms.reevaluation.scoring.sweep import detections, evaluate_all, match_all
 from mmdet_softnms.roi_heads import SoftNMSRoIHead
-from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS
+from mmdet_softnms.rules import HardNMS, NoSuppression, SoftNMS, SupportedNMS, VotedNMS
 from tests.drawn import drawn_test_set
 from tests.tiny import build, predict, tiny_config
 
@@ -139,6 +140,37 @@ def _noise(num_settings, num_images=60, seed=0):
         settings.append(Setting(SoftNMS('gaussian', sigma=number / num_settings), 1e-3, 100))
         matches.append(match(shaken, objects))
     return settings, matches, objects
+
+
+def test_rules_that_rescale_scores_are_pooled_as_well_as_others():
+    """The scores of every second setting in another scale: not a digit changes, though the folds mix the settings."""
+    settings, matches, objects = _noise(6)
+    chosen = select(settings, matches, objects)
+    assert len({number % 2 for number in chosen.chosen_by_fold}) == 2
+    scaled = [
+        dataclasses.replace(one, score=0.3 * one.score**3) if number % 2 else one for number, one in enumerate(matches)
+    ]
+    assert select(settings, scaled, objects) == chosen
+    folds = np.random.default_rng(0).permutation(60) % 5  # the control: as they are, these scores cannot be pooled
+    values = []
+    for some in (matches, scaled, [by_rank(one) for one in scaled]):
+        pooled = pool_folds(some, chosen.chosen_by_fold, folds, objects.image_order)
+        values.append(weighted_ap(pooled, objects.counts, np.ones((1, 60), np.int32), NOWHERE, 0)[0, 0])
+    assert values[1] < values[0] - 0.01
+    assert values[2] == chosen.procedure.value
+
+
+def test_support_on_and_off_in_one_grid():
+    """Nearly as good as one another here, so that folds choose both, whose scores are of different scales."""
+    candidates, truth = drawn_test_set(60, seed=2)
+    rules = [HardNMS(0.5), SoftNMS(), VotedNMS(SoftNMS(), tolerance=0.05), SupportedNMS(SoftNMS())]
+    settings, objects = [Setting(rule, 1e-3, 100) for rule in rules], Objects.of(truth)
+    matches = match_all(candidates, settings, truth, processes=1)
+    chosen = select(settings, matches, objects)
+    assert {settings[number].name for number in chosen.chosen_by_fold} == {'VotedNMS', 'SupportedNMS'}
+    worth, fixed = chosen.procedure, chosen.settings[chosen.chosen]
+    assert fixed.low < worth.value - worth.baseline < fixed.high
+    assert worth.high - worth.low < 1.25 * (fixed.high - fixed.low)
 
 
 def test_the_best_of_many_lucky_settings_is_not_flattered():

@@ -112,7 +112,11 @@ def test_without_rules_the_default_ones_are_taken():
 
 
 def test_the_default_grid_of_select():
-    assert len(settings_of(*DEFAULT_SWEEP)) == 1 + 10 + 7 + 4 + 1
+    """Of the recommended rules, some of each; none that rescales scores."""
+    settings = settings_of(*DEFAULT_SWEEP)
+    assert len(settings) <= 1 + 10 + 7 + 4 + 1  # as many as the grid over SoftNMS and HardNMS had that came before
+    assert [one.params for one in settings] == [one.params for one in settings_of('recommended')]
+    assert {one.name for one in settings[:-1]} == {'HardNMS', 'SoftNMS', 'VotedNMS'}
 
 
 def test_a_file(tmp_path):

@@ -9,6 +9,10 @@ folds; the detections of all folds are pooled and scored once). The interval com
 it is the interval of the procedure, not of a setting somebody happened to like. An image drawn twice stays in its
 fold.
 
+Rules rescale scores, so what is pooled is ranked by places: each detection by its place among those of its class under
+its own fold's setting on all images. That looks at no object, so it tells nothing of which setting is good; and where
+all folds choose alike, the AP is that of the setting.
+
 Detections are matched to objects once (:func:`match`), exactly as COCO does at all areas and 100 detections; what a
 resample changes is only how much each image counts. With equal weights the AP is
 faster-coco-eval's, which :func:`choose` checks every time.
@@ -27,7 +31,7 @@ import numpy as np
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.forward import collect
 from mmdet_softnms.reevaluation.choice.plan import TuningSplit
-from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, pool_folds, weighted_ap
+from mmdet_softnms.reevaluation.choice.resampling import bootstrap_weights, by_rank, pool_folds, weighted_ap
 from mmdet_softnms.reevaluation.request import Listener, Request, check_choice
 from mmdet_softnms.reevaluation.result import Reevaluation, no_candidates
 from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects
@@ -148,8 +152,9 @@ def select(
         return Selection(criterion, 'a split of its own', procedure, each, int(best[0]), [], resamples)
     without = np.stack([value[:, :-1] for value in values], 2)  # (B + 1, folds, S)
     best = grid[without[:, :, grid].argmax(2)]  # (B + 1, folds)
-    pooled = _pooled_ap(matches, best, objects, weights, folds, criterion, threads, pooled_progress)
-    pooled_baseline = _pooled_ap(matches, np.array(baseline_numbers)[best], objects, weights, folds, criterion, threads)
+    ranked = [by_rank(one) for one in matches]
+    pooled = _pooled_ap(ranked, best, objects, weights, folds, criterion, threads, pooled_progress)
+    pooled_baseline = _pooled_ap(ranked, np.array(baseline_numbers)[best], objects, weights, folds, criterion, threads)
     return Selection(
         criterion,
         f'{num_folds}-fold over images',
@@ -171,7 +176,10 @@ def _pooled_ap(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """(B + 1,) AP of pooled out-of-fold detections; resamples that chose alike are scored together."""
+    """(B + 1,) AP of pooled out-of-fold detections; resamples that chose alike are scored together.
+
+    ``matches``: whose scores can be ranked together (:func:`by_rank`).
+    """
     result = np.empty(len(best))
     choices, which = np.unique(best, axis=0, return_inverse=True)
     which = which.reshape(-1)

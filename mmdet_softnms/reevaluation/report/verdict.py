@@ -17,10 +17,16 @@ from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report.table import baseline_row, telling_label
 from mmdet_softnms.reevaluation.result import Reevaluation
-from mmdet_softnms.reevaluation.scoring.settings import Setting, method_of, varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import (
+    Setting,
+    config_of,
+    method_of,
+    swept_params,
+    varied_thresholds,
+)
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
-from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
+from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
 
 _WIDTH = 79
 
@@ -135,11 +141,12 @@ def wider_grid(chosen: Setting, settings: Sequence[Setting]) -> tuple[str, str] 
     """
     table = [one for one in settings if one.source == 'table' and one.name == chosen.name]
     words, specs = [], []
-    for name, value in chosen.params.items():
+    params = _params(chosen)
+    for name, value in params.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        others = {key: other for key, other in chosen.params.items() if key != name}
-        values = sorted({one.params[name] for one in table if {**one.params, name: value} == {**others, name: value}})
+        others = [_params(one) for one in table]
+        values = sorted({one[name] for one in others if {**one, name: value} == params})
         if len(values) < 2 or value not in (values[0], values[-1]):
             continue
         further = [one for one in _further(value, values) if _can_be(chosen, name, one)]
@@ -150,6 +157,12 @@ def wider_grid(chosen: Setting, settings: Sequence[Setting]) -> tuple[str, str] 
         return None
     fixed = _fixed(chosen, table, {spec.partition('=')[0] for spec in specs})
     return ' and '.join(words), f'--sweep {shlex.join([*specs, *fixed])}'
+
+
+def _params(setting: Setting) -> dict[str, Any]:
+    """Everything that distinguishes a row, as a sweep writes it."""
+    around = dict(score_thr=setting.score_thr, max_per_img=setting.max_per_img)
+    return {**swept_params(setting.rule), **around}
 
 
 def _further(value: float, values: Sequence[float]) -> list[float]:
@@ -171,7 +184,7 @@ def _can_be(setting: Setting, name: str, value: Any) -> bool:
         if name in ('score_thr', 'max_per_img'):
             dataclasses.replace(setting, **{name: value})
         else:
-            build_rule(dict(type=_kind(setting), **{**setting.rule.params, name: value}))
+            build_rule(config_of(_kind(setting), swept_params(setting.rule) | {name: value}, 0.0))
             if isinstance(setting.rule, MmcvNMS) and name in ('iou_threshold', 'sigma', 'min_score'):
                 SoftNMS(**{name: value})  # mmcv takes any number
     except (TypeError, ValueError, ReevaluationError):
@@ -191,19 +204,30 @@ def _written(setting: Setting, name: str) -> str:
 
 def _fixed(chosen: Setting, table: Sequence[Setting], swept: set[str]) -> list[str]:
     """What else a sweep has to say, so that all but the swept parameters are those of a setting."""
-    defaults = {name: one.default for name, one in inspect.signature(type(chosen.rule)).parameters.items()}
-    params = dict(chosen.rule.params)
-    telling = [name for name in params if name in weights.PARAMETERS and method_of(name) == params.get('method')]
-    if type(chosen.rule) is SoftNMS and any(_written(chosen, name) in swept for name in telling):
-        del params['method']  # which a swept parameter says by itself
+    defaults, params = _defaults(chosen.rule), swept_params(chosen.rule)
+    place, soft = '', chosen.rule
+    while hasattr(soft, 'rule'):
+        place, soft = f'{place}rule.', soft.rule
+    telling = [name for name in soft.params if name in weights.PARAMETERS]
+    telling = [name for name in telling if method_of(name) == soft.params.get('method')]
+    if type(soft) is SoftNMS and any(_written(chosen, place + name) in swept for name in telling):
+        del params[f'{place}method']  # which a swept parameter says by itself
     found = []
     for name, value in params.items():
-        several = any(one.rule.params.get(name) != value for one in table)
+        several = any(swept_params(one.rule).get(name) != value for one in table)
         if _written(chosen, name) not in swept and (several or name not in defaults or defaults[name] != value):
             found.append(f'{_written(chosen, name)}={value:g}' if isinstance(value, float) else
                          f'{_written(chosen, name)}={value}')  # fmt: skip
     found += [f'{name}={getattr(chosen, name):g}' for name in varied_thresholds(table) if name not in swept]
     return found
+
+
+def _defaults(rule: Rule) -> dict[str, Any]:
+    """What a sweep need not say, by the names of :func:`swept_params`."""
+    defaults = {name: one.default for name, one in inspect.signature(type(rule)).parameters.items()}
+    if hasattr(rule, 'rule'):
+        defaults |= dict(rule='SoftNMS', **{f'rule.{name}': value for name, value in _defaults(rule.rule).items()})
+    return defaults
 
 
 def _values(values: Sequence[float]) -> str:

@@ -190,7 +190,7 @@ def _default_soft_rules(min_score: float, class_agnostic: bool) -> list[Rule]:
 
 
 #: What ``--select`` chooses from when no grid is given.
-DEFAULT_SWEEP = ('SoftNMS.sigma=0.1:1.0:0.1', 'SoftNMS.iou_threshold=0.1:0.7:0.1', 'HardNMS.iou_threshold=0.3:0.7:0.1')
+DEFAULT_SWEEP = ('recommended',)
 
 
 def sweep_settings(
@@ -312,7 +312,7 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
     for values in itertools.product(*grid.values()):
         arguments = dict(zip(grid, values, strict=True))
         try:
-            rule = build_rule(_config(kind, arguments, min_score))
+            rule = build_rule(config_of(kind, arguments, min_score))
             innermost = rule
             while hasattr(innermost, 'rule'):
                 innermost = innermost.rule
@@ -350,15 +350,29 @@ def _place_of_soft_nms(kind: str, grid: Mapping[str, list[Any]]) -> str | None:
     return place
 
 
-def _config(kind: str, arguments: Mapping[str, Any], min_score: float) -> dict[str, Any]:
-    """The dict of a rule, with those of the rules inside; ``min_score`` where one takes it and none is given."""
+def config_of(kind: str, arguments: Mapping[str, Any], min_score: float) -> dict[str, Any]:
+    """The dict of a rule, with those of the rules inside; ``min_score`` where one takes it and none is given.
+
+    ``arguments``: those of a rule inside as ``rule.NAME``, as a sweep writes them.
+    """
     written = {name: value for name, value in arguments.items() if not name.startswith('rule.')}
     inside = {name.removeprefix('rule.'): value for name, value in arguments.items() if name.startswith('rule.')}
     if inside or 'rule' in _parameters(kind):
-        written['rule'] = _config(_scoped(written.get('rule', 'SoftNMS')), inside, min_score)
+        written['rule'] = config_of(_scoped(written.get('rule', 'SoftNMS')), inside, min_score)
     if kind == 'soft_nms' or 'min_score' in _parameters(kind):
         written.setdefault('min_score', min_score)
     return dict(type=kind, **written)
+
+
+def swept_params(rule: Rule) -> dict[str, Any]:
+    """The parameters of a rule as a sweep writes them: ``rule``, the name of the one inside, and ``rule.NAME``."""
+    flat: dict[str, Any] = {}
+    for name, value in rule.params.items():
+        if name == 'rule' and hasattr(rule, 'rule'):
+            flat |= {name: name_of(rule.rule), **{f'rule.{one}': own for one, own in swept_params(rule.rule).items()}}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _uses(params: Any, parameter: str) -> bool:
