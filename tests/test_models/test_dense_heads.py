@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -216,6 +217,30 @@ def test_boxes_that_are_not_finite_are_dropped_with_a_warning():
     with pytest.warns(RuntimeWarning, match='SoftNMSATSSHead dropped .* first on image 0'):
         after = predict(model)
     assert before[0].bboxes.isfinite().all() and after[0].bboxes.isfinite().all() and len(after[0])
+
+
+@pytest.mark.parametrize(('head', 'bias'), [
+    ('ATSSHead', 'atss_cls.bias'), ('YOLOXHead', 'multi_level_conv_obj.0.bias'), ('YOLOV3Head', 'convs_pred.0.bias'),
+])  # fmt: skip
+def test_scores_that_are_no_numbers_are_dropped_with_one_warning_that_counts_them(head, bias):
+    """mmdet asks whether they exceed score_thr, and shows them no more."""
+    model = build(with_head(zoo_config(head), GAUSSIAN))
+    number = 5 + 1 if head == 'YOLOV3Head' else 1 if head == 'ATSSHead' else 0  # class 1; objectness of a level
+    with torch.no_grad():
+        model.get_parameter(f'bbox_head.{bias}')[number] = float('nan')
+    maps = []
+    handle = model.bbox_head.register_forward_hook(lambda module, args, outputs: maps.append(outputs))
+    with pytest.warns(RuntimeWarning, match='not finite') as seen:
+        found, _ = predict(model)
+    handle.remove()
+    scores = maps[0][2] if head == 'YOLOXHead' else maps[0][0]
+    count = sum(int(one.isnan().sum()) for one in scores)
+    assert count > 20 and len(found)
+    (warning,) = [one for one in seen if 'not finite' in str(one.message)]
+    assert f'dropped {count} candidates' in str(warning.message) and 'first on image 0' in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        predict(model)
 
 
 @pytest.mark.parametrize(

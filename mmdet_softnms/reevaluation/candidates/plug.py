@@ -178,7 +178,7 @@ def has_mask_head(cfg: Config) -> bool:
 
 
 def most_candidates(cfg: Config) -> int | None:
-    """How many candidates an image can have at most: ``nms_pre`` of each level of a dense head; None: not known."""
+    """How many candidates an image can have at most: ``nms_pre`` of each level of each view; None: not known."""
     family = family_of(cfg)
     nms_pre = family.test_cfg(cfg).get('nms_pre', -1) if family is DENSE_HEADS else -1
     if nms_pre <= 0:
@@ -186,7 +186,7 @@ def most_candidates(cfg: Config) -> int | None:
     head = cfg.model.bbox_head
     generator = head.get('anchor_generator') or head.get('prior_generator') or head
     strides = generator.get('strides') or head.get('point_strides') or head.get('featmap_strides') or range(5)
-    return int(nms_pre) * len(strides)
+    return int(nms_pre) * len(strides) * (cfg.views.number if cfg.get('views') else 1)
 
 
 def check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:

@@ -13,11 +13,10 @@ from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.ops import weights
-from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report.table import baseline_row, telling_label
 from mmdet_softnms.reevaluation.result import Reevaluation
-from mmdet_softnms.reevaluation.scoring.settings import Setting, method_of, varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import Setting, method_of, paste_block, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
 from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS
@@ -110,7 +109,7 @@ def selection_details(selection: Selection, result: Reevaluation, cfg: Config, *
             f'To paste into the config ({what}; for {label[chosen]}, which tuning chose, say --paste-anyway):'
         )
     text = '\n'.join(_wrapped(one) for one in paragraphs)
-    return f'{text}\n\n{rows[shown].setting.snippet(family_of(cfg).written(cfg))}\n'
+    return f'{text}\n\n{paste_block(rows[shown].setting, cfg)}\n'
 
 
 def _wrapped(text: str) -> str:
