@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from mmdet_softnms.cli.export import main
 from mmdet_softnms.export import ExportError
-from mmdet_softnms.export_detector import RawDetector
+from mmdet_softnms.export_detector import raw_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = sorted((ROOT / 'data/demo/VOC2007/JPEGImages').glob('0012*.jpg'))[1:21]  # of the crowded split, 192 x 192 px
@@ -52,10 +52,10 @@ def test_what_cannot_be_exported_is_named():
     cfg = Config.fromfile(ROOT / 'configs/demo/deformable-rfcn_r50-w8_demo.py')
     model = init_detector(cfg, None, device='cpu')
     with pytest.raises(ExportError, match="pooling 'deformable' cannot be exported; caffe and torchvision can"):
-        RawDetector(model, (192, 192))
+        raw_detector(model, (192, 192))
     model.roi_head.bbox_head.pooling, model.rpn_head.whole_cells = 'caffe', True
     with pytest.raises(ExportError, match='whole cells cannot be exported; with model.rpn_head.whole_cells=False'):
-        RawDetector(model, (192, 192))
+        raw_detector(model, (192, 192))
 
 
 def test_the_traced_part_gives_the_raw_results_of_a_live_run():
@@ -64,7 +64,7 @@ def test_the_traced_part_gives_the_raw_results_of_a_live_run():
     model = init_detector(cfg, str(ROOT / 'configs/demo/faster-rcnn_r18-w16_fpn_demo.pth'), device='cpu')
     image = torch.from_numpy(cv2.imread(str(IMAGES[0]))[:170, :180].copy()).permute(2, 0, 1)  # not a multiple of 32
     with torch.no_grad():
-        boxes, scores = RawDetector(model, (170, 180)).eval()(image[None].float())
+        boxes, scores = raw_detector(model, (170, 180))(image[None].float())
         meta = dict(img_shape=(170, 180), scale_factor=(1.0, 1.0), batch_input_shape=(192, 192), ori_shape=(170, 180))
         from mmdet.structures import DetDataSample
 
