@@ -194,8 +194,10 @@ def _scores_that_are_no_numbers(head: Any, maps: Sequence[Tensor], *others: Any,
         parted = [one.unflatten(1, (head.num_base_priors, head.num_attrib)).isnan() for one in maps]
         gated = head.test_cfg.get('conf_thr', -1) > 0
         levels = [one[:, :, 5:] | one[:, :, 4:5] if gated else one[:, :, 5:] for one in parted]
-    else:
-        levels = [one.isnan() for one in maps]
+    elif isinstance(head, mmdets.ATSSVLFusionHead):  # of tokens: one candidate a place, of whatever class
+        levels = [one.isnan().any(-1) for one in maps]
+    else:  # CornerNet takes the maps of its last stage
+        levels = [one.isnan() for one in (maps[-1:] if isinstance(head, mmdets.CornerHead) else maps)]
     counts: list[int] = torch.stack([one.flatten(1).sum(1) for one in levels]).sum(0).tolist()
     return counts
 

@@ -157,7 +157,7 @@ def _result(
 ) -> Reevaluation:
     store, candidates = collected.store, session.candidates
     notes = list(session.truth.notes)
-    if views := request.cfg.get('views'):
+    if views := request.cfg.get('softnms_views'):
         notes.append(f'Candidates are those of {in_words(views)}, suppressed once.')
     if not candidates.num_candidates:
         notes.append(no_candidates(str(store.folder)))

@@ -164,7 +164,7 @@ def plug(cfg: Config, score_floor: float) -> Config:
     thresholds.score_thr, thresholds.max_per_img = score_floor, -1
     thresholds.nms = ConfigDict(type='mmdet_softnms.NoSuppression')  # assigned, since ConfigDict.update merges
     cfg.default_scope = default_scope_of(cfg)
-    if cfg.get('views'):
+    if cfg.get('softnms_views'):
         cfg.model = wrapped(cfg.model)
     return cfg
 
@@ -186,7 +186,7 @@ def most_candidates(cfg: Config) -> int | None:
     head = cfg.model.bbox_head
     generator = head.get('anchor_generator') or head.get('prior_generator') or head
     strides = generator.get('strides') or head.get('point_strides') or head.get('featmap_strides') or range(5)
-    return int(nms_pre) * len(strides) * (cfg.views.number if cfg.get('views') else 1)
+    return int(nms_pre) * len(strides) * (cfg.softnms_views.number if cfg.get('softnms_views') else 1)
 
 
 def check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:

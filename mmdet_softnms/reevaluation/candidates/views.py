@@ -43,6 +43,8 @@ def with_views(
     cfg = copy.deepcopy(cfg)
     if tta and not (had_tta_model and cfg.get('tta_pipeline')):
         raise ReevaluationError('the config has no tta_model and tta_pipeline; give --scales 480x800 576x900 instead')
+    if cfg.get(f'{split}_dataloader') is None:
+        raise ReevaluationError(f'the config has no {split}_dataloader, so there is nothing to evaluate on')
     pipeline: Any = None
     for dataset in _datasets(cfg[f'{split}_dataloader'].dataset):
         # A copy each: mmcv's TestTimeAug writes what it builds into the lists of its config.
@@ -51,8 +53,8 @@ def with_views(
     every = views_of(pipeline)
     if missing := sorted(set(views) - set(range(len(every)))):
         raise ReevaluationError(
-            f'there is no view {missing[0]}: the views of an image are numbered 0 to {len(every) - 1}, each scale '
-            'plain, then flipped'
+            f'there is no view {missing[0]}: the views of an image are numbered 0 to {len(every) - 1} in the order of '
+            'the pipeline'
         )
     if scales:
         thresholds = cfg.model.get('test_cfg') or {}
@@ -62,7 +64,9 @@ def with_views(
             tta_cfg=dict(nms=thresholds.get('nms'), max_per_img=thresholds.get('max_per_img', -1)),
         )
     # For :func:`mmdet_softnms.reevaluation.candidates.plug.plug` and for what is pasted.
-    cfg.views = dict(number=len(every), chosen=sorted(set(views)), had_tta_model=had_tta_model, own_pipeline=tta)
+    cfg.softnms_views = dict(
+        number=len(every), chosen=sorted(set(views)), had_tta_model=had_tta_model, own_pipeline=tta
+    )
     return cfg
 
 
@@ -82,8 +86,8 @@ def views_of(pipeline: Sequence[Any]) -> list[list[Any]]:
 
 def pipeline_to_paste(cfg: Config) -> list[Any] | None:
     """The ``tta_pipeline`` with which a live run has the views of a config; None: the one that the config has."""
-    chosen = cfg.views.chosen
-    if cfg.views.own_pipeline and not chosen:
+    chosen = cfg.softnms_views.chosen
+    if cfg.softnms_views.own_pipeline and not chosen:
         return None
     pipeline: list[Any] = copy.deepcopy(_datasets(cfg.test_dataloader.dataset)[0].pipeline)
     if chosen:

@@ -43,8 +43,7 @@ def _tuning_split(request: Request, dataset: BaseDataset, listener: Listener) ->
     if not required and (cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None):
         return None
     try:
-        if cfg.get('val_dataloader') is not None:
-            cfg = with_views(cfg, request.tta, request.scales, request.flip, request.views, split='val')
+        cfg = with_views(cfg, request.tta, request.scales, request.flip, request.views, split='val')
         val_set = build_test_set(cfg, split='val')
     except ReevaluationError as error:
         if required:

@@ -107,10 +107,10 @@ def paste_block(setting: Setting, cfg: Config) -> str:
     its candidates, and the rule suppresses once.
     """
     written = family_of(cfg).written(cfg)
-    if not cfg.get('views'):
+    if not cfg.get('softnms_views'):
         return setting.snippet(written)
     every_candidate = Setting(NoSuppression(), setting.score_thr, -1).snippet(written)
-    replaced = '_delete_=True, ' if cfg.views.had_tta_model else ''
+    replaced = '_delete_=True, ' if cfg.softnms_views.had_tta_model else ''
     lines = [
         '# for tools/test.py CONFIG CHECKPOINT --tta',
         every_candidate,
@@ -198,7 +198,7 @@ def own_setting(cfg: Config) -> Setting:
         own = family.test_cfg(cfg)
         if not family.key:  # what mmdet's dense heads take where nothing is written; YOLOX has no max_per_img
             own = dict(score_thr=0.0, max_per_img=-1) | own
-        if cfg.get('views'):
+        if cfg.get('softnms_views'):
             own = {'score_thr': own['score_thr'], 'max_per_img': -1} | cfg.tta_model.tta_cfg
         return Setting(build_rule(own['nms']), own['score_thr'], own['max_per_img'], source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
