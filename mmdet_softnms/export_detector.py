@@ -192,7 +192,7 @@ class RawOneStageDetector(RawDetector):
             if defined is not getattr(BaseDenseHead, name):
                 raise ExportError(
                     f'{plain_of(head).__name__} has its own {name}, and a whole one-stage detector is exported with '
-                    "that of mmdet's BaseDenseHead only, as ATSS, FCOS and RetinaNet have it"
+                    "that of mmdet's BaseDenseHead only, as ATSS, FCOS, RetinaNet and RTMDet have it"
                 )
         if model.bbox_head.test_cfg.get('nms_pre', -1) < 1:
             raise ExportError('a whole one-stage detector must have nms_pre of at least 1 in test_cfg')
