@@ -1,6 +1,6 @@
-"""A whole two-stage detector as one ONNX file: from the resized image to detections.
+"""A whole detector as one ONNX file: from the resized image to detections.
 
-Three parts of such a detector have no direct form in torch's exporter: the RPN's hard NMS, RoIAlign, and the
+Three parts of a two-stage detector have no direct form in torch's exporter: the RPN's hard NMS, RoIAlign, and the
 suppression at the end. Here the first two are custom operators with a translation of their own, into ONNX's
 ``NonMaxSuppression`` and ``RoiAlign``; the last is the graph of :mod:`mmdet_softnms.export`, joined to the end of the
 file. Everything else is the detector's own code, traced by ``torch.onnx.export(dynamo=True)``.
@@ -8,24 +8,30 @@ file. Everything else is the detector's own code, traced by ``torch.onnx.export(
 Proposals agree with PyTorch's in all but the last bits. ``caffe`` and ``torchvision`` pooling round the corners of a
 proposal to whole pixels, so one that lies within those bits of a half pixel may pool other pixels, and its box differs.
 
+Of a one-stage detector, whose head ends as mmdet's ``BaseDenseHead``, ``score_thr`` and ``nms_pre`` are the only parts
+whose result varies in length: here each level gives its ``nms_pre`` best class scores, 0 for those that do not exceed
+``score_thr``.
+
 The size of the image is fixed, because anchors are constants then; the number of proposals is the RPN's
 ``max_per_img``, padded with proposals whose scores are 0.
 
-Glossary: H x W pixels of the resized image, R proposals, K classes, M detections.
+Glossary: H x W pixels of the resized image, R proposals or candidates, K classes, M detections.
 """
 
 from typing import Any
 
 import onnx
 import torch
-from mmengine.config import ConfigDict
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmdet_softnms import __version__
 from mmdet_softnms.export import ExportError, post_process_to_onnx
+from mmdet_softnms.models.dense_heads import SoftNMSDenseMixin
 from mmdet_softnms.models.ps_roi_pool import _caffe_edges, _corners, _torchvision_edges
 from mmdet_softnms.models.rfcn import RFCNRoIHead
+from mmdet_softnms.models.takes_rules import plain_of
 from mmdet_softnms.rules import Rule
 
 OPSET = 18  # the lowest that torch's exporter writes
@@ -140,15 +146,14 @@ class RawDetector(nn.Module):
     """A detector up to its raw results, with shapes that do not depend on what is in the image.
 
     Args:
-        model: a two-stage detector with a standard RoI head, or an R-FCN.
+        model: a detector, built and with its weights.
         size: H and W of the image, resized and not padded.
-
-    Raises:
-        ExportError: a detector with a part that is not known here.
     """
 
     model: Any  # mmdet's detectors have no types
     size: tuple[int, int]
+    num_classes: int
+    class_agnostic: bool  # whether a candidate has one box for all classes
 
     def __init__(self, model: Any, size: tuple[int, int]) -> None:
         super().__init__()
@@ -156,6 +161,80 @@ class RawDetector(nn.Module):
         self.size = size
         divisor = model.data_preprocessor.pad_size_divisor
         self.padded = tuple(-(-side // divisor) * divisor for side in size)
+
+    def features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """``image`` (1, 3, H, W), BGR, 0 to 255, to what the heads take."""
+        preprocessor = self.model.data_preprocessor
+        image = image.flip(1) if preprocessor._channel_conversion else image
+        if preprocessor._enable_normalize:
+            image = (image - preprocessor.mean) / preprocessor.std
+        bottom, right = (padded - side for padded, side in zip(self.padded, self.size, strict=True))
+        image = functional.pad(image, (0, right, 0, bottom), value=float(preprocessor.pad_value))
+        features: tuple[Tensor, ...] = self.model.extract_feat(image)
+        return features
+
+
+class RawOneStageDetector(RawDetector):
+    """A one-stage detector whose head ends as mmdet's ``BaseDenseHead`` does.
+
+    Raises:
+        ExportError: its head does not.
+    """
+
+    def __init__(self, model: Any, size: tuple[int, int]) -> None:
+        super().__init__(model, size)
+        self.num_classes, self.class_agnostic = int(model.bbox_head.num_classes), True
+        head = type(model.bbox_head)
+        for name in ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'):
+            defined = next(
+                vars(one)[name] for one in head.__mro__ if name in vars(one) and one is not SoftNMSDenseMixin
+            )
+            if defined is not getattr(BaseDenseHead, name):
+                raise ExportError(
+                    f'{plain_of(head).__name__} has its own {name}, and a whole one-stage detector is exported with '
+                    "that of mmdet's BaseDenseHead only, as ATSS, FCOS, RetinaNet and RTMDet have it"
+                )
+        if model.bbox_head.test_cfg.get('nms_pre', -1) < 1:
+            raise ExportError('a whole one-stage detector must have nms_pre of at least 1 in test_cfg')
+        if getattr(model.bbox_head.loss_cls, 'custom_cls_channels', False):
+            raise ExportError(f'the class scores of {type(model.bbox_head.loss_cls).__name__} cannot be exported')
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """``image`` (1, 3, H, W), BGR, 0 to 255. Gives boxes (R, 4) and scores (R, K + 1), one above 0 in a row."""
+        head = self.model.bbox_head
+        test_cfg = head.test_cfg
+        logits, deltas, *factors = head(self.features(image))
+        priors = head.prior_generator.grid_priors(
+            [each.shape[-2:] for each in logits], dtype=logits[0].dtype, device=logits[0].device
+        )
+        boxes, scores = [], []
+        for level, (logit, delta, prior) in enumerate(zip(logits, deltas, priors, strict=True)):
+            score = logit[0].permute(1, 2, 0).reshape(-1, head.cls_out_channels)
+            score = score.sigmoid() if head.use_sigmoid_cls else score.softmax(-1)[:, :-1]
+            score = torch.where(score > test_cfg.get('score_thr', 0), score, torch.zeros_like(score)).flatten()
+            best, chosen = score.topk(min(test_cfg.nms_pre, len(score)))
+            place, label = chosen // self.num_classes, chosen % self.num_classes
+            delta = delta[0].permute(1, 2, 0).reshape(-1, head.bbox_coder.encode_size)[place]
+            if factors:
+                best = best * factors[0][level][0].permute(1, 2, 0).reshape(-1).sigmoid()[place]
+            boxes.append(head.bbox_coder.decode(prior[place], delta, max_shape=self.size))
+            scores.append(best[:, None] * functional.one_hot(label, self.num_classes + 1))
+        every, score = torch.cat(boxes), torch.cat(scores)
+        if test_cfg.get('min_bbox_size', -1) >= 0:
+            sides = every[:, 2:] - every[:, :2]
+            score = score * (sides > test_cfg.min_bbox_size).all(1)[:, None]
+        return every, score
+
+
+class RawTwoStageDetector(RawDetector):
+    """A two-stage detector with a standard RoI head, or an R-FCN.
+
+    Raises:
+        ExportError: a detector with a part that is not known here.
+    """
+
+    def __init__(self, model: Any, size: tuple[int, int]) -> None:
+        super().__init__(model, size)
         head = model.roi_head
         if isinstance(head.bbox_head, nn.ModuleList):
             raise ExportError(
@@ -177,16 +256,12 @@ class RawDetector(nn.Module):
             raise ExportError(
                 f'the RPN must have hard NMS, nms_pre and max_per_img in test_cfg.rpn; here it is {dict(rpn)}'
             )
+        self.num_classes = int(head.bbox_head.num_classes)
+        self.class_agnostic = bool(head.bbox_head.reg_class_agnostic)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """``image`` (1, 3, H, W), BGR, 0 to 255. Gives raw boxes (R, 4K) or (R, 4) and scores (R, K + 1)."""
-        preprocessor = self.model.data_preprocessor
-        image = image.flip(1) if preprocessor._channel_conversion else image
-        if preprocessor._enable_normalize:
-            image = (image - preprocessor.mean) / preprocessor.std
-        bottom, right = (padded - side for padded, side in zip(self.padded, self.size, strict=True))
-        image = functional.pad(image, (0, right, 0, bottom), value=float(preprocessor.pad_value))
-        features = self.model.extract_feat(image)
+        features = self.features(image)
         boxes, valid = self.proposals(features)
         rois = torch.cat([boxes.new_zeros(boxes.shape[0], 1), boxes], 1)
         head = self.model.roi_head.bbox_head
@@ -266,15 +341,22 @@ class RawDetector(nn.Module):
         return torch.stack(pooled, 1).permute(0, 3, 1, 2)
 
 
+def raw_detector(model: Any, size: tuple[int, int]) -> RawDetector:
+    """A detector of mmdet up to its raw results, in eval mode; arguments and errors as of :class:`RawDetector`."""
+    kind = RawTwoStageDetector if hasattr(model, 'roi_head') else RawOneStageDetector
+    return kind(model, size).eval()
+
+
 def detector_to_onnx(
-    model: Any, rule: Rule, rcnn: ConfigDict, size: tuple[int, int], *, opset: int = OPSET
+    model: Any, rule: Rule, score_thr: float, max_per_img: int, size: tuple[int, int], *, opset: int = OPSET
 ) -> onnx.ModelProto:
     """A detector and its post-processing as one model.
 
     Args:
-        model: a two-stage detector, built and with its weights.
+        model: a detector, built and with its weights.
         rule: what suppresses; see :func:`mmdet_softnms.export.post_process_to_onnx`.
-        rcnn: ``test_cfg.rcnn``, of which ``score_thr`` and ``max_per_img`` are used.
+        score_thr, max_per_img: of the post-processing. A one-stage detector has applied its own ``score_thr``, to other
+            scores: 0.0 for it.
         size: height and width of the image in pixels, resized as in training and not padded.
         opset: of the standard operators, at least 18.
 
@@ -287,8 +369,7 @@ def detector_to_onnx(
     """
     if opset < OPSET:
         raise ExportError(f'a whole detector needs opset {OPSET} or newer, got {opset}')
-    head = model.roi_head.bbox_head
-    raw = RawDetector(model, size).eval()
+    raw = raw_detector(model, size)
     with torch.no_grad():
         program = torch.onnx.export(
             torch.export.export(raw, (torch.zeros(1, 3, *size),), strict=False),
@@ -304,10 +385,10 @@ def detector_to_onnx(
     network = program.model_proto
     last = post_process_to_onnx(
         rule,
-        head.num_classes,
-        rcnn.score_thr,
-        rcnn.max_per_img,
-        class_agnostic=head.reg_class_agnostic,
+        raw.num_classes,
+        score_thr,
+        max_per_img,
+        class_agnostic=raw.class_agnostic,
         opset=opset,
     )
     network.ir_version = last.ir_version = max(network.ir_version, last.ir_version)

@@ -39,6 +39,13 @@ def tiny_config(base: str, num_classes: int = 5, score_thr: float = 0.01) -> Con
         head.update(in_channels=16, fc_out_channels=32, num_classes=num_classes)
         if 'conv_out_channels' in head:  # Double-Head
             head.conv_out_channels = 32
+    for part in ('semantic_head', 'glbctx_head'):  # SCNet
+        if roi_head.get(part):
+            roi_head[part].update(in_channels=16, conv_out_channels=16)
+    if roi_head.get('semantic_roi_extractor'):
+        roi_head.semantic_roi_extractor.out_channels = 16
+    if roi_head.get('feat_relay_head'):
+        roi_head.feat_relay_head.update(in_channels=32, out_conv_channels=16)
     if roi_head.get('mask_head'):
         roi_head.mask_roi_extractor.out_channels = 16
         roi_head.mask_head.update(in_channels=16, conv_out_channels=16, num_classes=num_classes)

@@ -38,6 +38,7 @@ ZOO = {
     'YOLOXHead': 'yolox/yolox_tiny_8xb8-300e_coco',
     'YOLOV3Head': 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco',
     'SSDHead': 'ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco',
+    'PISASSDHead': 'ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco',  # its own is a whole VGG16
     'RTMDetSepBNHead': 'rtmdet/rtmdet_tiny_8xb32-300e_coco',
     'RTMDetInsSepBNHead': 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco',
     'CondInstBboxHead': 'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance',
@@ -56,6 +57,8 @@ def zoo_config(head: str, num_classes: int = 6) -> Config:
     cfg = get_config(f'mmdet::{ZOO[head]}.py')
     model = cfg.model
     model.pop('teacher_config', None)
+    if head == 'PISASSDHead':
+        model.bbox_head.type = head
     if model.type == 'KnowledgeDistillationSingleStageDetector':
         model.type = 'GFL'
         for name in ('teacher_ckpt', 'output_feature', 'eval_teacher'):

@@ -131,9 +131,7 @@ def run(args: argparse.Namespace) -> None:
         num_classes, class_agnostic = head.num_classes, dense or bool(head.get('reg_class_agnostic', False))
         max_per_img, score_thr = thresholds.get('max_per_img', -1), 0.0 if dense else thresholds.score_thr
         rule, remarks = exported_rule(cfg)
-        if dense and args.checkpoint is not None:
-            raise ExportError('of a dense head the post-processing alone can be exported: leave --checkpoint out')
-        if dense:
+        if dense and args.checkpoint is None:
             remarks.append(
                 'the candidates of a dense head, to which it has applied score_thr and nms_pre: a row of boxes each, '
                 'and in scores its score in the column of its class, 0 in the others'
@@ -161,7 +159,8 @@ def run(args: argparse.Namespace) -> None:
         check = lambda content: compare(content, *arguments)  # noqa: E731
         what = 'the post-processing alone: the network is not in it'
     else:
-        model, names, check = whole_detector(args, cfg, rule)
+        model, names, check = whole_detector(args, cfg, rule, score_thr, max_per_img)
+        score_thr = thresholds.get('score_thr', 0.0)  # which a dense head has applied
         what = f'the whole detector for images of {args.size[0]} x {args.size[1]} pixels'
     describe(model, rule, names, score_thr, max_per_img)
     content = model.SerializeToString()
@@ -206,7 +205,9 @@ def describe(model: Any, rule: Any, classes: list[str], score_thr: float, max_pe
     onnx.helper.set_model_props(model, properties)
 
 
-def whole_detector(args: argparse.Namespace, cfg: Any, rule: Any) -> tuple[Any, list[str], Any]:
+def whole_detector(
+    args: argparse.Namespace, cfg: Any, rule: Any, score_thr: float, max_per_img: int
+) -> tuple[Any, list[str], Any]:
     """The model with its weights as ONNX, its classes, and how to compare it."""
     import torch
     from mmdet.apis import init_detector
@@ -220,7 +221,7 @@ def whole_detector(args: argparse.Namespace, cfg: Any, rule: Any) -> tuple[Any, 
     load_checkpoint(checkpoint, trust=args.trust_checkpoint)
     detector = init_detector(cfg, str(checkpoint), device='cpu')
     check_weights(detector, checkpoint, trust=args.trust_checkpoint)
-    model = detector_to_onnx(detector, rule, cfg.model.test_cfg.rcnn, args.size, opset=args.opset)
+    model = detector_to_onnx(detector, rule, score_thr, max_per_img, args.size, opset=args.opset)
     names = list(detector.dataset_meta.get('classes', ())) or class_names(cfg)
 
     def compared(content: bytes) -> str:
@@ -228,16 +229,15 @@ def whole_detector(args: argparse.Namespace, cfg: Any, rule: Any) -> tuple[Any, 
             import onnxruntime
         except ImportError:
             return 'not run: onnxruntime is not installed (pip install onnxruntime)'
-        from mmdet_softnms.export_detector import RawDetector
+        from mmdet_softnms.export_detector import raw_detector
         from mmdet_softnms.post_process import post_process
 
         image = torch.rand(1, 3, *args.size, generator=torch.Generator().manual_seed(0)) * 255
         session = onnxruntime.InferenceSession(content, providers=['CPUExecutionProvider'])
         dets, labels = map(torch.from_numpy, session.run(None, {'image': image.numpy()}))
         with torch.no_grad():
-            boxes, scores = RawDetector(detector, args.size).eval()(image)
-        rcnn = cfg.model.test_cfg.rcnn
-        expected = post_process(boxes, scores, rule, rcnn.score_thr, rcnn.max_per_img)
+            boxes, scores = raw_detector(detector, args.size)(image)
+        expected = post_process(boxes, scores, rule, score_thr, max_per_img)
         return same_detections(dets, labels, expected, onnxruntime.__version__)
 
     return model, names, compared

@@ -7,10 +7,9 @@ unscoped ``nms.type`` is left to mmdet, so the same head is its own baseline.
 """
 
 import copy
-import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mmdet.registry
@@ -37,7 +36,7 @@ class SoftNMSDenseMixin(TakesRules):
     ``_bbox_mask_post_process`` of ``RTMDetInsHead``, or in ``_bboxes_nms`` of ``CornerHead``. ``max_per_img`` of 0 or
     less, or none, is no limit (mmdet's dense heads would cut one detection, or all, off); YOLOX obeys it, too.
 
-    Candidates whose box is not finite are dropped; the head warns of the first ones.
+    Candidates whose box or score is not finite are dropped; the head says once how many of a batch, and where first.
 
     Raises:
         TypeError: there is no ``nms`` in test_cfg, or the head never reaches one of these methods.
@@ -48,6 +47,7 @@ class SoftNMSDenseMixin(TakesRules):
         super().__init__(*args, **kwargs)
         if not hasattr(self, 'loss_cls'):
             self.loss_cls = None  # BaseDenseHead reads it when predicting; SSDHead has none (mmdet #11063)
+        self._dropped: list[tuple[dict[str, Any] | None, int]] = []  # image and how many candidates, of this batch
         self.look_for_rule(('nms',), 'model.test_cfg')
         if self._rule is not None and self._nms_cfg is not None:
             _warn_of_inherited_threshold(self._rule, self._nms_cfg)
@@ -55,12 +55,20 @@ class SoftNMSDenseMixin(TakesRules):
     def predict_by_feat(self, *args: Any, **kwargs: Any) -> list[InstanceData]:
         """As in mmdet; a TypeError where a head of somebody's suppresses without asking the rule."""
         self._reached = False
+        self._dropped = []
+        metas = kwargs.get('batch_img_metas') or []
+        if not self._warned and self.rule_of(self.test_cfg) is not None:
+            self._dropped += zip(metas, _scores_that_are_no_numbers(self, *args, **kwargs), strict=False)
         results: list[InstanceData] = super().predict_by_feat(*args, **kwargs)  # type: ignore[misc]
         if results and not self._reached:
             raise TypeError(
                 f'{type(self).__name__} cannot take rules: its predict_by_feat does not end in _bbox_post_process, '
                 'and suppresses in its own way'
             )
+        if dropped := [one for one in self._dropped if one[1]]:
+            place = {id(meta): number for number, meta in enumerate(metas)}
+            dropped.sort(key=lambda one: place.get(id(one[0]), len(place)))
+            self.warn_of_dropped(*zip(*dropped, strict=True))
         return results
 
     def _bbox_post_process(
@@ -74,10 +82,7 @@ class SoftNMSDenseMixin(TakesRules):
         self._reached = True
         rule = self.rule_of(cfg) if with_nms else None
         if rule is not None:
-            # Where there is a min_bbox_size, mmdet drops these without a word.
-            if lost := int((~get_box_tensor(results.bboxes).isfinite().all(dim=1)).sum()):
-                self.warn_of_dropped([img_meta], [lost])
-            results = self._with_class_scores(results, rule)
+            results = self._with_class_scores(self._with_finite_boxes(results, rule, img_meta), rule)
         results = super()._bbox_post_process(  # type: ignore[misc]
             results=results, cfg=cfg, rescale=rescale, with_nms=with_nms and rule is None, img_meta=img_meta
         )
@@ -101,6 +106,7 @@ class SoftNMSDenseMixin(TakesRules):
         self._reached = True
         rule = self.rule_of(cfg) if with_nms else None
         if rule is not None:
+            results = self._with_finite_boxes(results, rule, img_meta)
             # Boxes as the rule has to see them, from a copy: masks are computed from what is not rescaled.
             numbered = InstanceData(**dict(results.items()), number=_numbers(results.scores))
             boxes = super()._bbox_post_process(  # type: ignore[misc]
@@ -141,6 +147,14 @@ class SoftNMSDenseMixin(TakesRules):
         found, _ = self._suppress(candidates, rule, cfg, None)
         return torch.cat([found.bboxes, found.scores[:, None]], 1), found.labels
 
+    def _with_finite_boxes(self, results: InstanceData, rule: Rule, img_meta: dict[str, Any] | None) -> InstanceData:
+        """Drop the others here and count them: where there is a min_bbox_size, mmdet drops them without a word."""
+        finite = get_box_tensor(results.bboxes).isfinite().all(dim=1)
+        if isinstance(rule, NoSuppression) or bool(finite.all()):  # who asks for every candidate looks for himself
+            return results
+        self._dropped.append((img_meta, int((~finite).sum())))
+        return results[finite]
+
     def _with_class_scores(self, results: InstanceData, rule: Rule) -> InstanceData:
         """For who collects candidates: the number that mmdet asks whether it is above score_thr, if not the score."""
         if isinstance(rule, NoSuppression):
@@ -154,14 +168,38 @@ class SoftNMSDenseMixin(TakesRules):
         self, candidates: InstanceData, rule: Rule, cfg: ConfigDict, img_meta: dict[str, Any] | None
     ) -> tuple[Instances, Tensor]:
         image = Instances(get_box_tensor(candidates.bboxes), candidates.scores, candidates.labels.long())
-        warn = functools.partial(self.warn_of_dropped, [img_meta])
-        return suppress_candidates([image], rule, cfg.get('max_per_img', -1), warn)[0]
+
+        def count(dropped: Sequence[int]) -> None:
+            self._dropped.append((img_meta, dropped[0]))
+
+        return suppress_candidates([image], rule, cfg.get('max_per_img', -1), count)[0]
 
 
 _HEADLESS = (
     'SoftNMSDenseHead needs the name of the head that is to take rules: write '
     "bbox_head=dict(type='mmdet_softnms.SoftNMSDenseHead', head='RTMDetSepBNHead')"
 )
+
+
+def _scores_that_are_no_numbers(head: Any, maps: Sequence[Tensor], *others: Any, **kwargs: Any) -> list[int]:
+    """Of each image, the candidates whose class score is NaN: it exceeds no score_thr, so mmdet never shows them.
+
+    ``maps``: what the head's ``predict_by_feat`` takes first, a map (B, ..., H, W) of each level.
+    """
+    if isinstance(head, mmdets.YOLOXHead):  # one candidate a place; of class score times objectness
+        levels = [
+            one.isnan().any(1) | objectness.isnan().any(1) for one, objectness in zip(maps, others[1], strict=True)
+        ]
+    elif isinstance(head, mmdets.YOLOV3Head):  # (x, y, w, h, objectness, classes) of each prior
+        parted = [one.unflatten(1, (head.num_base_priors, head.num_attrib)).isnan() for one in maps]
+        gated = head.test_cfg.get('conf_thr', -1) > 0
+        levels = [one[:, :, 5:] | one[:, :, 4:5] if gated else one[:, :, 5:] for one in parted]
+    elif isinstance(head, mmdets.ATSSVLFusionHead):  # of tokens: one candidate a place, of whatever class
+        levels = [one.isnan().any(-1) for one in maps]
+    else:  # CornerNet takes the maps of its last stage
+        levels = [one.isnan() for one in (maps[-1:] if isinstance(head, mmdets.CornerHead) else maps)]
+    counts: list[int] = torch.stack([one.flatten(1).sum(1) for one in levels]).sum(0).tolist()
+    return counts
 
 
 def _numbers(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from mmdet.models.test_time_augs import DetTTAModel
 from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.post_process import Instances, suppress_candidates
@@ -34,6 +35,8 @@ class SoftNMSTTAModel(DetTTAModel):
     def __init__(self, tta_cfg: Any = None, **kwargs: Any) -> None:
         super().__init__(tta_cfg=tta_cfg, **kwargs)
         self._rule = None if is_stock(tta_cfg['nms']) else build_rule(tta_cfg['nms'])
+        if tta_cfg.get('max_per_img', -1) <= 0:  # mmdet takes [:max_per_img], and would lose the last detection
+            self.tta_cfg = ConfigDict(tta_cfg, max_per_img=None)
         if self._rule is not None:
             for part in self.module.modules():
                 check_views(getattr(part, 'test_cfg', None))
@@ -49,7 +52,7 @@ class SoftNMSTTAModel(DetTTAModel):
             [view.bboxes for view in views], [view.scores for view in views], [each.metainfo for each in data_samples]
         )
         union = Instances(boxes, scores, torch.cat([view.labels for view in views]))
-        ((found, keep),) = suppress_candidates([union], self._rule, self.tta_cfg.get('max_per_img', -1))
+        ((found, keep),) = suppress_candidates([union], self._rule, self.tta_cfg.get('max_per_img') or -1)
         results = InstanceData(**found._asdict())
         if isinstance(self._rule, NoSuppression):  # for who collects candidates
             results.views = torch.cat([torch.full_like(view.labels, number) for number, view in enumerate(views)])[keep]

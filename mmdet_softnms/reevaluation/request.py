@@ -94,11 +94,7 @@ class Request:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # as a frozen dataclass does it itself
-        set_(self, 'cfg', with_views(self.cfg, self.tta, self.scales, self.flip))
-        if self.views and not self.cfg.get('views'):
-            raise ReevaluationError('--views chooses among the views of --tta or --scales: give one of them')
-        if self.cfg.get('views') and self.select and self.tune_on != 'folds':
-            raise ReevaluationError('several views are chosen by folds over the test set: add --tune-on folds')
+        set_(self, 'cfg', with_views(self.cfg, self.tta, self.scales, self.flip, self.views))
         plug(self.cfg, 0.0)  # before anything slow: is this a detector that can be plugged?
         if self.select is not None:
             check_choice(self.select, self.resamples)

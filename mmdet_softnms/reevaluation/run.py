@@ -22,6 +22,7 @@ from mmdet_softnms.reevaluation.candidates.images import ImageReader, image_path
 from mmdet_softnms.reevaluation.candidates.plug import has_mask_head
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
+from mmdet_softnms.reevaluation.candidates.views import in_words
 from mmdet_softnms.reevaluation.choice.plan import plan_choice
 from mmdet_softnms.reevaluation.choice.selection import Selection, choose
 from mmdet_softnms.reevaluation.report.why import errors_of
@@ -156,6 +157,8 @@ def _result(
 ) -> Reevaluation:
     store, candidates = collected.store, session.candidates
     notes = list(session.truth.notes)
+    if views := request.cfg.get('softnms_views'):
+        notes.append(f'Candidates are those of {in_words(views)}, suppressed once.')
     if not candidates.num_candidates:
         notes.append(no_candidates(str(store.folder)))
     return Reevaluation(

@@ -4,12 +4,14 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from mmdet.models import dense_heads as mmdets
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
 
 from mmdet_softnms import soft_nms
 from mmdet_softnms.models import dense_heads
@@ -43,7 +45,7 @@ def test_hard_is_mmdets_and_soft_is_the_operator(name):
         test_cfg.nms = ConfigDict(type='nms', iou_threshold=0.5)
     if name == 'CondInstBboxHead' or name == 'BoxInstBboxHead':
         test_cfg.nms_pre = 60  # a mask for each candidate takes long
-    if name == 'SSDHead':
+    if name in ('SSDHead', 'PISASSDHead'):
         with pytest.raises(AttributeError, match='loss_cls'):  # mmdet #11063; should it be mended there, compare
             build(cfg)
         stock = build(with_head(cfg, test_cfg.nms))  # left to mmdet
@@ -79,6 +81,45 @@ def test_hard_is_mmdets_and_soft_is_the_operator(name):
         assert 5 < len(mine) < len(one)
         for key in ('bboxes', 'scores', 'labels'):
             torch.testing.assert_close(mine[key], one[key][above], rtol=0, atol=0)
+
+
+def test_glip_is_hard_nms_as_ever_and_the_operator_on_its_candidates():
+    """Its zoo config's head on drawn maps: what makes the maps needs transformers and its language model."""
+
+    class WithoutLanguageModel(mmdets.ATSSVLFusionHead):
+        def __init__(self, **kwargs):
+            super(mmdets.ATSSVLFusionHead, self).__init__(**kwargs)
+
+    cfg = get_config('mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py')
+    arguments = {key: value for key, value in cfg.model.bbox_head.items() if key not in ('type', 'lang_model_name')}
+    generator = torch.Generator().manual_seed(0)
+    sides, tokens, classes = (24, 12, 6, 3, 2), 9, {1: [0, 1], 2: [3], 3: [5, 6, 7]}  # label: its tokens
+    logits = [torch.randn(1, side**2, tokens, generator=generator) for side in sides]
+    boxes = [torch.randn(1, 4, side, side, generator=generator) for side in sides]
+    factors = [torch.randn(1, 1, side, side, generator=generator) for side in sides]
+    meta = dict(img_id=0, img_shape=(192, 192), scale_factor=(0.5, 0.5))
+
+    def predicted(head, nms, max_per_img=100):
+        head = head(**arguments, test_cfg=ConfigDict(cfg.model.test_cfg, nms=nms, max_per_img=max_per_img))
+        (found,) = head.predict_by_feat(
+            logits, boxes, factors, batch_img_metas=[meta], batch_token_positive_maps=[classes], rescale=True
+        )
+        return found
+
+    ours = with_rules(WithoutLanguageModel)
+    stock = predicted(WithoutLanguageModel, ConfigDict(type='nms', iou_threshold=0.5))
+    assert len(stock) == 100
+    assert torch.equal(_sorted(predicted(ours, ConfigDict(HARD))), _sorted(stock))
+    raw, soft = predicted(ours, ConfigDict(RAW), -1), predicted(ours, ConfigDict(GAUSSIAN))
+    keep, scores = soft_nms(
+        raw.bboxes - torch.tensor([0.0, 0, 1, 1]), raw.scores, raw.labels, sigma=0.5, min_score=0.01, max_num=100
+    )
+    assert (scores < raw.scores[keep]).any()
+    torch.testing.assert_close(soft.scores, scores, rtol=0, atol=1e-5)  # GLIP adds 1 to the corners afterwards
+    torch.testing.assert_close(soft.bboxes, raw.bboxes[keep], rtol=0, atol=0)
+    logits[0][0, :7, 3] = float('nan')
+    with pytest.warns(RuntimeWarning, match='dropped 7 candidates'):
+        predicted(ours, ConfigDict(GAUSSIAN))
 
 
 def test_centripetal_is_corner():
@@ -216,6 +257,30 @@ def test_boxes_that_are_not_finite_are_dropped_with_a_warning():
     with pytest.warns(RuntimeWarning, match='SoftNMSATSSHead dropped .* first on image 0'):
         after = predict(model)
     assert before[0].bboxes.isfinite().all() and after[0].bboxes.isfinite().all() and len(after[0])
+
+
+@pytest.mark.parametrize(('head', 'bias'), [
+    ('ATSSHead', 'atss_cls.bias'), ('YOLOXHead', 'multi_level_conv_obj.0.bias'), ('YOLOV3Head', 'convs_pred.0.bias'),
+])  # fmt: skip
+def test_scores_that_are_no_numbers_are_dropped_with_one_warning_that_counts_them(head, bias):
+    """mmdet asks whether they exceed score_thr, and shows them no more."""
+    model = build(with_head(zoo_config(head), GAUSSIAN))
+    number = 5 + 1 if head == 'YOLOV3Head' else 1 if head == 'ATSSHead' else 0  # class 1; objectness of a level
+    with torch.no_grad():
+        model.get_parameter(f'bbox_head.{bias}')[number] = float('nan')
+    maps = []
+    handle = model.bbox_head.register_forward_hook(lambda module, args, outputs: maps.append(outputs))
+    with pytest.warns(RuntimeWarning, match='not finite') as seen:
+        found, _ = predict(model)
+    handle.remove()
+    scores = maps[0][2] if head == 'YOLOXHead' else maps[0][0]
+    count = sum(int(one.isnan().sum()) for one in scores)
+    assert count > 20 and len(found)
+    (warning,) = [one for one in seen if 'not finite' in str(one.message)]
+    assert f'dropped {count} candidates' in str(warning.message) and 'first on image 0' in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        predict(model)
 
 
 @pytest.mark.parametrize(

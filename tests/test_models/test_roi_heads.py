@@ -206,6 +206,28 @@ def test_any_head_of_the_contract_takes_rules_and_survives_copies():
         _assert_same(predict(again), predict(stock), atol=1e-6)
 
 
+def test_scnet_by_its_zoo_config():
+    """Three stages, a semantic branch, global context and masks from relayed features."""
+    cfg = tiny_config('mmdet::scnet/scnet_r50_fpn_1x_coco.py')
+    stock = build(cfg)
+    hard = plugged(cfg, 'SoftNMSRoIHead', HARD)
+    hard.model.roi_head.head = 'SCNetRoIHead'
+    ours = build(hard, like=stock)
+    results, expected = predict(ours), predict(stock)
+    _assert_same(results, expected, atol=1e-6)
+    for result, other in zip(results, expected, strict=True):
+        assert torch.equal(result.pred_instances.masks, other.pred_instances.masks)
+    ours.roi_head.test_cfg.nms = ConfigDict(GAUSSIAN)
+    raw = ours.roi_head.test_cfg.copy()
+    soft = predict(ours)
+    ours.roi_head.test_cfg = ConfigDict(raw, nms=ConfigDict(type='mmdet_softnms.NoSuppression'), max_per_img=-1)
+    for result, candidates in zip(soft, predict(ours), strict=True):
+        every = candidates.pred_instances
+        keep, scores = soft_nms(every.bboxes, every.scores, every.labels, sigma=0.5, min_score=0.01, max_num=100)
+        assert (scores < every.scores[keep]).any()
+        torch.testing.assert_close(result.pred_instances.scores, scores, rtol=0, atol=0)
+
+
 def test_max_per_img_0_is_no_limit():
     cfg = plugged(tiny_config('SoftNMSRoIHead'), 'SoftNMSRoIHead', GAUSSIAN)
     cfg.model.test_cfg.rcnn.max_per_img = 0

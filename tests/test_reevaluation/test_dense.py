@@ -14,11 +14,13 @@ from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, fingerprint
 from mmdet_softnms.reevaluation.candidates.forward import collect
 from mmdet_softnms.reevaluation.candidates.plug import DENSE_HEADS, family_of, most_candidates, plug
+from mmdet_softnms.reevaluation.candidates.store import CandidateStore
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
+from mmdet_softnms.reevaluation.choice.plan import plan_choice
 from mmdet_softnms.reevaluation.report.table import to_table
-from mmdet_softnms.reevaluation.request import Request
+from mmdet_softnms.reevaluation.request import Listener, Request
 from mmdet_softnms.reevaluation.run import reevaluate
-from mmdet_softnms.reevaluation.scoring.settings import Setting, default_settings
+from mmdet_softnms.reevaluation.scoring.settings import Setting, default_settings, paste_block
 from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import SoftNMS
 from tests.tiny_dataset import CLASSES, make_project
@@ -176,38 +178,77 @@ def _views(data, head, tmp_path):
     return cfg, checkpoint, dict(scales=('144x192', '192x256'), flip=True, work_dir=tmp_path / 'work')
 
 
-def test_views_are_one_store_and_equal_a_live_tta_run(data, tmp_path):
-    cfg, checkpoint, asked = _views(data, 'ATSSHead', tmp_path)
-    request = Request(cfg, checkpoint, **asked)
-    result = reevaluate(request)
-    union = result.session.candidates
-    assert set(union.extras['views'].tolist()) == {0, 1, 2, 3}
-    setting = result.rows[2].setting  # gaussian
+def _live_views(cfg, checkpoint, result, row, request, folder):
+    """What ``tools/test.py --tta`` gives with the block of a row pasted under the user's config."""
+    cfg.dump(folder / 'base.py')
+    block = paste_block(result.rows[row].setting, request.cfg)
+    (folder / 'pasted.py').write_text(f"_base_ = './base.py'\n{block}\n")
+    live = Config.fromfile(folder / 'pasted.py')
+    live.model = ConfigDict(**live.tta_model, module=live.model)
+    live.test_dataloader.dataset.pipeline = live.tta_pipeline
+    return _live_stock(live, checkpoint, folder)
 
-    live = copy.deepcopy(request.cfg)
-    head = live.model.bbox_head
-    head.head, head.type = head.type, 'mmdet_softnms.SoftNMSDenseHead'
-    nms = dict(type='mmdet_softnms.NoSuppression')
-    live.model.test_cfg.update(score_thr=1e-3, max_per_img=-1)
-    live.model.test_cfg.nms = nms
-    rule = dict(type='mmdet_softnms.SoftNMS', method='gaussian', sigma=0.5, min_score=1e-3)
-    live.model = ConfigDict(
-        type='mmdet_softnms.SoftNMSTTAModel', tta_cfg=dict(nms=rule, max_per_img=100), module=live.model
-    )
-    for ours, theirs in zip(detections(union, setting), _live_stock(live, checkpoint, tmp_path), strict=True):
+
+def _assert_equal(found, live):
+    for ours, theirs in zip(found, live, strict=True):
+        assert len(ours) == len(theirs['scores']) > 5
         for key in ('bboxes', 'scores', 'labels'):
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
-    some = reevaluate(Request(cfg, checkpoint, views=(2,), **asked))
+
+def test_views_are_one_store_and_the_pasted_block_gives_them_live(data, tmp_path):
+    cfg, checkpoint, asked = _views(data, 'ATSSHead', tmp_path)
+    request = Request(cfg, checkpoint, **asked)
+    assert most_candidates(request.cfg) == 4 * most_candidates(cfg)
+    result = reevaluate(request)
+    union = result.session.candidates
+    assert set(union.extras['views'].tolist()) == {0, 1, 2, 3}
+    assert 'Candidates are those of all 4 views of each image, suppressed once.' in result.notes
+    gaussian = result.rows[2].setting
+    _assert_equal(detections(union, gaussian), _live_views(cfg, checkpoint, result, 2, request, tmp_path))
+
+    # The smaller scale as it is and the larger one flipped: no product of scales and flips.
+    request = Request(cfg, checkpoint, views=(0, 3), **asked)
+    some = reevaluate(request)
     assert some.forward_images == 0 and some.store == result.store
+    assert 'Candidates are those of views 0, 3 of the 4 of each image, suppressed once.' in some.notes
+    found = detections(some.session.candidates, gaussian)
+    _assert_equal(found, _live_views(cfg, checkpoint, some, 2, request, tmp_path))
+
+    some = reevaluate(Request(cfg, checkpoint, views=(2,), **asked))
     # One view alone is the detector at that scale.
     alone = copy.deepcopy(cfg)
     next(one for one in alone.test_dataloader.dataset.pipeline if one['type'] == 'Resize').scale = (256, 192)
     single = reevaluate(Request(alone, checkpoint)).session.candidates
     assert some.session.candidates.num_candidates == single.num_candidates < union.num_candidates
     assert (some.session.candidates.bboxes == single.bboxes).all()
-    with pytest.raises(ReevaluationError, match='no candidate is of view 7; stored are 0, 1, 2, 3'):
-        reevaluate(Request(cfg, checkpoint, views=(7,), **asked))
+
+
+def test_views_are_tuned_on_the_views_of_another_split(data, tmp_path):
+    cfg = Config.fromfile(data.coco_config)
+    annotations = json.loads((data.root / 'coco.json').read_text())
+    for split, images in (('val', annotations['images'][:3]), ('test', annotations['images'][3:])):
+        ids = {image['id'] for image in images}
+        of_them = [one for one in annotations['annotations'] if one['image_id'] in ids]
+        path = tmp_path / f'{split}.json'
+        path.write_text(json.dumps(dict(annotations, images=images, annotations=of_them)))
+        cfg[f'{split}_dataloader'] = copy.deepcopy(cfg.test_dataloader)
+        cfg[f'{split}_dataloader'].dataset.ann_file = str(path)
+        cfg[f'{split}_evaluator'] = copy.deepcopy(cfg.test_evaluator)
+        cfg[f'{split}_evaluator'].ann_file = str(path)
+    asked = dict(
+        scales=('96x128', '120x160'), select='AP', sweep=('SoftNMS.sigma=0.3,0.5',), work_dir=tmp_path / 'work'
+    )
+    tuned = {}
+    for views in ((), (1,)):
+        request = Request(cfg, data.checkpoint, views=views, **asked)
+        split = plan_choice(request, build_test_set(request.cfg), Listener())
+        assert [len(each) for each in split.dataset[0]['inputs']] == [3, 3]  # channels of each view
+        reevaluate(request, report=lambda result, selection, views=views: tuned.update({views: (result, selection)}))
+        assert tuned[views][1].tuned_on == 'a split of its own'
+    stores = [CandidateStore.open(path.parent) for path in (tmp_path / 'work/candidates').glob('*/store.json')]
+    assert sorted(store.num_images for store in stores) == [3, 3]  # of each split one with all views
+    assert tuned[(1,)][0].forward_images == 0
 
 
 @pytest.mark.parametrize(
@@ -218,7 +259,7 @@ def test_views_are_one_store_and_equal_a_live_tta_run(data, tmp_path):
         (dict(tta=True, scales=('96x128',)), 'one of them'),
         (dict(scales=('96',)), 'as 480x800, got 96'),
         (dict(views=(0,)), '--views chooses among'),
-        (dict(scales=('96x128',), select='AP'), '--tune-on folds'),
+        (dict(scales=('96x128',), flip=True, views=(0, 7)), 'no view 7: the views of an image are numbered 0 to 1'),
     ],
 )
 def test_views_that_cannot_be_are_refused(data, asked, words):
@@ -228,7 +269,7 @@ def test_views_that_cannot_be_are_refused(data, asked, words):
         Request(cfg, data.checkpoint, **asked)
 
 
-def test_the_configs_own_tta_is_taken(data):
+def test_the_configs_own_tta_is_taken(data, tmp_path):
     cfg = Config.fromfile(data.coco_config)
     meta = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
     cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.4), max_per_img=30))
@@ -236,6 +277,11 @@ def test_the_configs_own_tta_is_taken(data):
     pack = [dict(type='PackDetInputs', meta_keys=meta)]
     views = dict(type='TestTimeAug', transforms=[resizes, [dict(type='RandomFlip', prob=0.0)], pack])
     cfg.tta_pipeline = [dict(type='LoadImageFromFile'), views]
-    result = reevaluate(Request(cfg, data.checkpoint, tta=True))
+    request = Request(cfg, data.checkpoint, tta=True)
+    result = reevaluate(request)
     assert set(result.session.candidates.extras['views'].tolist()) == {0, 1}
     assert result.rows[-1].params['iou_threshold'] == 0.4 and result.rows[-1].params['max_per_img'] == 30
+    # The pipeline is the config's, and its rule suppresses once where mmdet's model would do it in each view, too.
+    assert 'tta_pipeline' not in paste_block(result.rows[-1].setting, request.cfg)
+    found = detections(result.session.candidates, result.rows[-1].setting)
+    _assert_equal(found, _live_views(cfg, data.checkpoint, result, -1, request, tmp_path))

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates import store as store_module
 from mmdet_softnms.reevaluation.candidates.fingerprint import differences, fingerprint
 from mmdet_softnms.reevaluation.candidates.forward import collect
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, ImageCandidates
@@ -37,6 +38,7 @@ def _images(num=10, ids=str):
             bboxes=torch.from_numpy(bits[:, :4].copy()),
             scores=torch.from_numpy(bits[:, 4].copy()),
             labels=torch.from_numpy(random.integers(0, 1203, size)),
+            views=torch.from_numpy(random.integers(0, 3, size)),
         )
         images.append(ImageCandidates(ids(number), (number + 1, 2000 - number), candidates))
     return images
@@ -53,20 +55,39 @@ def _files(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-@pytest.mark.parametrize('ids', [int, str])
-def test_values_come_back_bit_for_bit(tmp_path, ids):
+@pytest.mark.parametrize(('ids', 'in_memory'), [(int, 1 << 31), (str, 1 << 31), (int, 100)])
+def test_values_come_back_bit_for_bit(tmp_path, ids, in_memory, monkeypatch):
+    """Also where they are more than the memory is to hold, 2 GB in earnest."""
+    monkeypatch.setattr(store_module, '_IN_MEMORY', in_memory)
     images = _images(ids=ids)
     store = _fill(tmp_path, images)
     assert store.check() == {}
     loaded = CandidateStore.open(tmp_path).load()
     assert len(loaded) == 10 and loaded.img_ids == [ids(number) for number in range(10)]
-    for one, other in zip(loaded, images, strict=True):
-        assert one.ori_shape == other.ori_shape
-        for key in ('bboxes', 'scores'):
-            assert one.candidates[key].dtype == torch.float32
-            # As integers: NaN payloads and signs of zero count too.
-            assert torch.equal(one.candidates[key].view(torch.int32), other.candidates[key].view(torch.int32))
-        assert torch.equal(one.candidates.labels, other.candidates.labels)
+    for views in ([0, 1, 2], [1]):
+        some = loaded.of_views(views)
+        for values in (some.bboxes, some.scores, some.labels, some.extras['views']):
+            assert isinstance(values.base, np.memmap) == (in_memory == 100)
+        for one, other in zip(some, images, strict=True):
+            there = torch.isin(other.candidates.views, torch.tensor(views))
+            assert one.ori_shape == other.ori_shape
+            for key in ('bboxes', 'scores'):
+                assert one.candidates[key].dtype == torch.float32
+                # As integers: NaN payloads and signs of zero count too.
+                wanted = other.candidates[key][there].view(torch.int32)
+                assert torch.equal(one.candidates[key].view(torch.int32), wanted)
+            for key in ('labels', 'views'):
+                assert torch.equal(one.candidates[key], other.candidates[key][there])
+
+
+def test_a_shard_larger_than_can_be_read_again_is_not_written(tmp_path, monkeypatch):
+    store = _fill(tmp_path, _images())
+    monkeypatch.setattr(store_module, '_LARGEST_SHARD', 100)
+    assert all(problem.endswith(' bytes') for problem in store.check().values()) and len(store.check()) == 4
+    before = _files(tmp_path)
+    with pytest.raises(ReevaluationError, match='a store takes 100 at once: raise score_thr, or take fewer views'):
+        _fill(tmp_path, _images())
+    assert _files(tmp_path) == before
 
 
 def test_a_store_without_any_candidate(tmp_path):

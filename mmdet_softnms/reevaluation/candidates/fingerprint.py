@@ -42,6 +42,7 @@ _IRRELEVANT = {
     'resume': 'of training',
     'launcher': 'how processes are started',
     'filename': 'where the config lies',
+    'softnms_views': 'which views the rows are about; all are stored',
 }
 _IRRELEVANT_PREFIXES = ('train_', 'val_')  # other loops, loaders and pipelines
 _HOOKS_WITHOUT_EFFECT = (

@@ -198,8 +198,9 @@ def collect(
         for line in lines:
             say(line)
         if shards and most:
+            each = 'each level of each view' if cfg.get('softnms_views') else 'each level'
             say(
-                f'at most {most:,} candidates an image (nms_pre of each level), so {len(dataset):,} images take up to '
+                f'at most {most:,} candidates an image (nms_pre of {each}), so {len(dataset):,} images take up to '
                 f'{25 * most * len(dataset) / 1e9:.2g} GB; less where scores do not exceed {score_floor:g}'
             )
         plan = [(str(store.folder), shards)]

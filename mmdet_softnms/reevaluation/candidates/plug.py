@@ -248,7 +248,7 @@ def plug(cfg: Config, score_floor: float) -> Config:
         raise ReevaluationError(str(error)) from error
     cfg = copy.deepcopy(cfg)
     if family is DETECTRON2:
-        if cfg.get('views'):
+        if cfg.get('softnms_views'):
             raise ReevaluationError(
                 "several views of each image (--tta, --scales) are re-evaluated of mmdet's own detectors only; "
                 'Detectron2 has mmdet_softnms.detectron2.SoftNMSWithTTA'
@@ -257,7 +257,7 @@ def plug(cfg: Config, score_floor: float) -> Config:
     else:
         _plug_head(cfg, family, head, written, score_floor)
     cfg.default_scope = default_scope_of(cfg)
-    if cfg.get('views'):
+    if cfg.get('softnms_views'):
         cfg.model = wrapped(cfg.model)
     return cfg
 
@@ -287,7 +287,7 @@ def has_mask_head(cfg: Config) -> bool:
 
 
 def most_candidates(cfg: Config) -> int | None:
-    """How many candidates an image can have at most: ``nms_pre`` of each level of a dense head; None: not known."""
+    """How many candidates an image can have at most: ``nms_pre`` of each level of each view; None: not known."""
     family = family_of(cfg)
     nms_pre = family.test_cfg(cfg).get('nms_pre', -1) if family is DENSE_HEADS else -1
     if nms_pre <= 0:
@@ -295,7 +295,7 @@ def most_candidates(cfg: Config) -> int | None:
     head = cfg.model.bbox_head
     generator = head.get('anchor_generator') or head.get('prior_generator') or head
     strides = generator.get('strides') or head.get('point_strides') or head.get('featmap_strides') or range(5)
-    return int(nms_pre) * len(strides)
+    return int(nms_pre) * len(strides) * (cfg.softnms_views.number if cfg.get('softnms_views') else 1)
 
 
 def check_classes(model: torch.nn.Module, cfg: Config, runner: Runner) -> None:

@@ -21,6 +21,7 @@ but the candidates, so a run that was killed and taken up again, or spread over 
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -109,14 +110,23 @@ class Candidates(Sequence[ImageCandidates]):
             raise ReevaluationError(f'no candidate is of view {missing[0]}; stored are {known}')
         chosen = np.isin(have, views)
         counts = np.add.reduceat(np.append(chosen, 0), self.offsets[:-1]) * (np.diff(self.offsets) > 0)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+        def of_them(values: np.ndarray) -> np.ndarray:
+            """Image by image: all of them may be more than the memory holds."""
+            result = _lay_out((int(offsets[-1]), *values.shape[1:]), values.dtype, int(offsets[-1]))
+            for number, (start, stop) in enumerate(itertools.pairwise(self.offsets)):
+                result[offsets[number] : offsets[number + 1]] = values[start:stop][chosen[start:stop]]
+            return result
+
         return Candidates(
             self.img_ids,
             self.shapes,
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            self.bboxes[chosen],
-            self.scores[chosen],
-            self.labels[chosen],
-            {name: values[chosen] for name, values in self.extras.items()},
+            offsets,
+            of_them(self.bboxes),
+            of_them(self.scores),
+            of_them(self.labels),
+            {name: of_them(values) for name, values in self.extras.items()},
         )
 
     @classmethod
@@ -241,10 +251,16 @@ class CandidateStore:
 
         Raises:
             OSError: no space, no permission; finished shards and this shard's earlier state are intact.
+            ReevaluationError: it is larger than what would be read again.
         """
         if len(images) != len(self.images_of(shard)):
             raise ValueError(f'shard {shard} takes {len(self.images_of(shard))} images, got {len(images)}')
         content = _encode(images, shard, self._mark)
+        if len(content) > _LARGEST_SHARD:
+            raise ReevaluationError(
+                f'{len(images)} images have {len(content):,} bytes of candidates, and a store takes {_LARGEST_SHARD:,} '
+                'at once: raise score_thr, or take fewer views'
+            )
         path = self.path_of(shard)
         checksum = f'{hashlib.sha256(content).hexdigest()}  {path.name}\n'
         for place in (path, path.with_name(path.name + '.sha256')):

@@ -10,6 +10,7 @@ from mmengine.dist import is_distributed
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.test_set import build_test_set
+from mmdet_softnms.reevaluation.candidates.views import with_views
 from mmdet_softnms.reevaluation.request import Listener, Request, check_choice
 
 
@@ -42,6 +43,7 @@ def _tuning_split(request: Request, dataset: BaseDataset, listener: Listener) ->
     if not required and (cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None):
         return None
     try:
+        cfg = with_views(cfg, request.tta, request.scales, request.flip, request.views, split='val')
         val_set = build_test_set(cfg, split='val')
     except ReevaluationError as error:
         if required:

@@ -255,7 +255,7 @@ def choose(
             say=listener.say,
         )
         found = match_all(
-            collected.store.load(),
+            collected.store.load().of_views(request.views),
             settings,
             truth,
             processes=request.processes,

@@ -17,7 +17,6 @@ from mmengine.config import Config
 from mmdet_softnms import __version__
 from mmdet_softnms.files import write_whole
 from mmdet_softnms.reevaluation.candidates.identity import digest
-from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report import why
 from mmdet_softnms.reevaluation.report.export_table import by_rule, to_csv, to_latex
@@ -42,7 +41,7 @@ from mmdet_softnms.reevaluation.report.table import (
 )
 from mmdet_softnms.reevaluation.report.verdict import verdict_of
 from mmdet_softnms.reevaluation.result import Reevaluation
-from mmdet_softnms.reevaluation.scoring.settings import varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import paste_block, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 _BEST = 5  # rows of the short table, besides baseline and config
@@ -178,7 +177,7 @@ def _verdict(result: Reevaluation, selection: Selection | None, cfg: Config | No
                 'an interval, flatters. For a setting to rely on, run the same command with --select; it takes no '
                 'forward pass.'
             )
-    paste = row.setting.snippet(family_of(cfg).written(cfg)) if cfg is not None else ''
+    paste = paste_block(row.setting, cfg) if cfg is not None else ''
     if paste:
         details += f' To paste into the config ({full_label(row, rows)}):'
     return dict(sentence=sentence, details=details, paste=paste, use=not row.setting.is_baseline)

@@ -13,7 +13,6 @@ from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.ops import weights
-from mmdet_softnms.reevaluation.candidates.plug import family_of
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report.table import baseline_row, telling_label
 from mmdet_softnms.reevaluation.result import Reevaluation
@@ -21,6 +20,7 @@ from mmdet_softnms.reevaluation.scoring.settings import (
     Setting,
     config_of,
     method_of,
+    paste_block,
     swept_params,
     varied_thresholds,
 )
@@ -116,7 +116,7 @@ def selection_details(selection: Selection, result: Reevaluation, cfg: Config, *
             f'To paste into the config ({what}; for {label[chosen]}, which tuning chose, say --paste-anyway):'
         )
     text = '\n'.join(_wrapped(one) for one in paragraphs)
-    return f'{text}\n\n{rows[shown].setting.snippet(family_of(cfg).written(cfg))}\n'
+    return f'{text}\n\n{paste_block(rows[shown].setting, cfg)}\n'
 
 
 def _wrapped(text: str) -> str:

@@ -20,9 +20,10 @@ from mmdet_softnms.files import ReevaluationError, did_you_mean
 from mmdet_softnms.models.detectron2_wrapper import lines_to_paste
 from mmdet_softnms.ops import weights
 from mmdet_softnms.reevaluation.candidates.plug import DETECTRON2, family_of, family_of_head
+from mmdet_softnms.reevaluation.candidates.views import pipeline_to_paste
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS, name_of, words_of
+from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS, name_of, words_of
 from mmdet_softnms.yaml_file import YamlError, read_yaml
 
 _PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
@@ -102,6 +103,39 @@ class Setting:
         )
 
 
+def paste_block(setting: Setting, cfg: Config) -> str:
+    """The lines to paste into a config, so that a live run gives what a row of its re-evaluation is computed from.
+
+    With several views these are ``tta_model`` and ``tta_pipeline``, for ``tools/test.py --tta``: every view gives all
+    its candidates, and the rule suppresses once.
+    """
+    written = family_of(cfg).written(cfg)
+    if not cfg.get('softnms_views'):
+        return setting.snippet(written)
+    every_candidate = Setting(NoSuppression(), setting.score_thr, -1).snippet(written)
+    replaced = '_delete_=True, ' if cfg.softnms_views.had_tta_model else ''
+    lines = [
+        '# for tools/test.py CONFIG CHECKPOINT --tta',
+        every_candidate,
+        f"tta_model = dict({replaced}type='mmdet_softnms.SoftNMSTTAModel', tta_cfg=dict(\n"
+        f'    max_per_img={setting.max_per_img}, nms=dict({_written(setting.rule)})))',
+    ]
+    if (pipeline := pipeline_to_paste(cfg)) is not None:
+        lines += ['tta_pipeline = [', *(f'    {_python(one)},' for one in pipeline), ']']
+    return '\n'.join(lines)
+
+
+def _python(value: Any) -> str:
+    """A value of a config as it is written in a config file."""
+    if isinstance(value, Mapping):
+        return f'dict({", ".join(f"{key}={_python(each)}" for key, each in value.items())})'
+    if isinstance(value, list):
+        return f'[{", ".join(map(_python, value))}]'
+    if isinstance(value, tuple):
+        return f'({", ".join(map(_python, value))}{"," if len(value) == 1 else ""})'
+    return repr(f'{value.__module__}.{value.__qualname__}' if isinstance(value, type) else value)
+
+
 def _written(rule: Rule) -> str:
     """The arguments of the dict that a config writes for a rule."""
     kind = name_of(rule) if isinstance(rule, MmcvNMS) else resolve(type(rule), TASK_UTILS).type
@@ -167,7 +201,7 @@ def own_setting(cfg: Config) -> Setting:
         own = family.test_cfg(cfg)
         if not family.key:  # what mmdet's dense heads take where nothing is written; YOLOX has no max_per_img
             own = dict(score_thr=0.0, max_per_img=-1) | own
-        if cfg.get('views'):
+        if cfg.get('softnms_views'):
             own = {'score_thr': own['score_thr'], 'max_per_img': -1} | cfg.tta_model.tta_cfg
         return Setting(build_rule(own['nms']), own['score_thr'], own['max_per_img'], source='config')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
