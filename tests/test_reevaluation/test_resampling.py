@@ -2,12 +2,20 @@
 
 import numpy as np
 
-from mmdet_softnms.reevaluation.choice.resampling import image_ap, weighted_ap
-from mmdet_softnms.reevaluation.scoring.matching import Objects, match
+from mmdet_softnms.reevaluation.choice.resampling import by_rank, image_ap, weighted_ap
+from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects, match
 from mmdet_softnms.reevaluation.scoring.settings import Setting
 from mmdet_softnms.reevaluation.scoring.sweep import detections
 from mmdet_softnms.rules import HardNMS
 from tests.drawn import drawn_test_set
+
+
+def test_places_instead_of_scores():
+    """In each class the number of detections ahead, the same where scores tie; classes without any are no trouble."""
+    score = np.array([0.9, 0.5, 0.5, 0.1, 0.3], np.float32)
+    empty = np.zeros(5, np.uint16)
+    ranked = by_rank(Matches(np.arange(5), score, empty, empty, np.array([0, 0, 4, 5, 5])))
+    assert ranked.score.tolist() == [0, -1, -1, -3, 0] and ranked.image.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_without_an_object_there_is_no_ap():

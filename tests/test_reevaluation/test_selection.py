@@ -264,7 +264,7 @@ def test_chosen_is_the_best_by_the_criterion_on_the_images_as_they_are(split, cr
         if split == 'val':
             expected = values[chosen.chosen, 3]
         else:
-            pooled = pool_folds(matches, by_fold, folds, objects.image_order)
+            pooled = pool_folds([by_rank(one) for one in matches], by_fold, folds, objects.image_order)
             expected = weighted_ap(pooled, objects.counts, weights, folds, 0, criterion)[0, 0]
         assert chosen.procedure.value == pytest.approx(expected, abs=1e-12)
         assert chosen.procedure.baseline == pytest.approx(values[0, 3], abs=1e-12)

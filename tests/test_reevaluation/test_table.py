@@ -16,7 +16,7 @@ from rich.console import Console
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.reevaluation.choice.selection import Difference, Selection
 from mmdet_softnms.reevaluation.report.export_table import check_out, latex, write_tables
-from mmdet_softnms.reevaluation.report.table import print_table, to_table
+from mmdet_softnms.reevaluation.report.table import print_table, telling_label, to_table
 from mmdet_softnms.reevaluation.report.verdict import selection_text, verdict_of, wider_grid
 from mmdet_softnms.reevaluation.result import Reevaluation, Session
 from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, Setting, sweep_settings
@@ -186,6 +186,13 @@ def test_the_wider_grid_goes_on_from_the_edge(specs, agnostic):
             assert any(one.params not in [other.params for other in settings] for one in mine)
             edges += 1
     assert edges >= 1 and (specs != GRID or edges == 6)
+
+
+@pytest.mark.parametrize('specs', GRIDS[:3], ids=lambda specs: specs[0])
+def test_no_two_rows_are_called_the_same(specs):
+    rows = _result(sweep_settings(specs, CFG, 1e-3, 100, 1e-3)).rows
+    labels = [telling_label(row, rows) for row in rows]
+    assert len(set(labels)) == len(labels)
 
 
 def test_no_edge_where_a_parameter_can_go_no_further():

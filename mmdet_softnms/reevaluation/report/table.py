@@ -218,12 +218,21 @@ def rows_table(
 
 
 def _constants(settings: Sequence[Setting]) -> dict[str, Any]:
-    """Parameters of the rules that have one value in all rows of the table, where a rule has more than one row."""
+    """Parameters of the rules that have one value in all rows of the table, where a rule has more than one row.
+
+    Not those that rows of the same rule and method are without, as ``decay`` where it is the product.
+    """
     table = [setting for setting in settings if setting.source == 'table']
     found = {}
     for name in dict.fromkeys(name for setting in table for name in setting.rule.params if name != 'method'):
         having = [setting for setting in table if name in setting.rule.params]
         values = [setting.rule.params[name] for setting in having]
+        kinds = {(setting.name, setting.rule.params.get('method')) for setting in having}
+        if any(
+            name not in setting.rule.params and (setting.name, setting.rule.params.get('method')) in kinds
+            for setting in table
+        ):
+            continue
         repeated = max(Counter((setting.name, setting.group) for setting in having).values()) > 1
         if repeated and all(value == values[0] for value in values) and not (name == 'offset' and not values[0]):
             found[name] = values[0]
