@@ -5,7 +5,6 @@ Small models with drawn weights and batch norms, saved as the zoo saves them. Ea
 
 import importlib.util
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,14 +43,10 @@ KINDS = {  # Detectron2's config, and ours in configs/detectron2
 
 @pytest.fixture(scope='module', autouse=True)
 def converter():
-    folder = ROOT / 'tools/model_converters'
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location('detectron2_to_mmdet', folder / 'detectron2_to_mmdet.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
+    path = ROOT / 'tools/model_converters/detectron2_to_mmdet.py'
+    spec = importlib.util.spec_from_file_location('detectron2_to_mmdet', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     register_all_modules()
     return module
 
