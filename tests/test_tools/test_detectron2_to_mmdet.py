@@ -6,7 +6,6 @@
 import importlib.util
 import os
 import pickle
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,13 +18,9 @@ SCRIPT = Path(__file__).parents[2] / 'tools/model_converters/detectron2_to_mmdet
 
 @pytest.fixture(scope='module')
 def converter():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec = importlib.util.spec_from_file_location('detectron2_to_mmdet', SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location('detectron2_to_mmdet', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -26,10 +26,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from detectron2_weights import read_detectron2
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a clone without installing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools
+from model_converters.detectron2_weights import read_detectron2
+
 from mmdet_softnms.files import CheckpointError, write_whole
 
 BLOCKS = {6: (3, 4, 6, 3), 23: (3, 4, 23, 3)}  # of the stages of ResNet-50 and -101, by those of the third
