@@ -39,6 +39,7 @@ def ps_roi_pool(
     kind: str = 'caffe',
     offsets: Tensor | None = None,
     trans_std: float = 0.1,
+    drop_whole: bool = False,
 ) -> Tensor:
     """Pool position-sensitive score maps.
 
@@ -54,6 +55,8 @@ def ps_roi_pool(
             output channels ``g * C / G`` and following along x, ``2 * g + 1`` along y, in units of ``trans_std`` times
             the RoI's width and height. None: no bin moves.
         trans_std: see ``offsets``.
+        drop_whole: for ``bilinear``: a sample on a whole row or column counts 0, as in the original, whose weights are
+            the distances to ``floor`` and ``ceil``, which are one there.
 
     Returns:
         Tensor[R, C, P, P] in the dtype of ``maps``. A bin without any pixel or sample inside the map is 0. Gradients
@@ -86,7 +89,7 @@ def ps_roi_pool(
         if offsets is None:
             offsets = boxes.new_zeros(len(rois), 2, output_size, output_size)
         offsets = offsets.to(dtype) * trans_std
-        return _mean_of_samples(grouped, image, boxes, offsets, spatial_scale, kind).to(maps.dtype)
+        return _mean_of_samples(grouped, image, boxes, offsets, spatial_scale, kind, drop_whole).to(maps.dtype)
 
 
 def _check(
@@ -233,7 +236,7 @@ def _corners(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[tu
 
 
 def _mean_of_samples(
-    maps: Tensor, image: Tensor, boxes: Tensor, offsets: Tensor, spatial_scale: float, kind: str
+    maps: Tensor, image: Tensor, boxes: Tensor, offsets: Tensor, spatial_scale: float, kind: str, drop_whole: bool
 ) -> Tensor:
     """``maps`` (N, C, P, P, H, W), ``image`` (R,), ``boxes`` (R, 4), ``offsets`` (R, 2 * G, P, P) in RoI sizes.
 
@@ -246,8 +249,8 @@ def _mean_of_samples(
         """``of_bin`` (N, C, H, W), ``along_x`` and ``along_y`` (R, G) -> (R, C)."""
         groups = along_x.shape[1]
         height, width = of_bin.shape[2:]
-        wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind)
-        wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind)
+        wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind, drop_whole)
+        wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind, drop_whole)
         # Part of the graph without any RoI, too, as DDP wants it.
         pooled = of_bin.new_zeros(len(boxes), of_bin.shape[1]) + of_bin.flatten()[:0].sum()
         for n, mine in by_image:
@@ -267,7 +270,15 @@ def _mean_of_samples(
 
 
 def _sample_weights(
-    start: Tensor, end: Tensor, offset: Tensor, index: int, bins: int, spatial_scale: float, size: int, kind: str
+    start: Tensor,
+    end: Tensor,
+    offset: Tensor,
+    index: int,
+    bins: int,
+    spatial_scale: float,
+    size: int,
+    kind: str,
+    drop_whole: bool,
 ) -> Tensor:
     """Weights along one axis, (R, G, size), of the samples in bin ``index``: sums of hats, divided by their number.
 
@@ -291,4 +302,6 @@ def _sample_weights(
         places = places.clamp(0, size - 1).where(inside, -1)  # no pixel is that near
     pixels = torch.arange(size, device=start.device)
     hats = (1 - (places[..., None] - pixels).abs()).relu()
+    if drop_whole:
+        hats = hats * (places != places.round())[..., None]
     return hats.sum(dim=-2) / inside.sum(dim=-1, keepdim=True).clamp(min=1)
