@@ -251,6 +251,11 @@ class RawTwoStageDetector(RawDetector):
             raise ExportError(
                 'proposals of whole cells cannot be exported; with model.rpn_head.whole_cells=False, all can'
             )
+        if getattr(model, 'coordinates', 'mmdet') == 'caffe':
+            raise ExportError(
+                "coordinates='caffe' cannot be exported, since it decodes boxes in the original image, whose scale the "
+                "file does not know; with model.coordinates='mmdet', all can"
+            )
         rpn = model.rpn_head.test_cfg
         if rpn.nms.get('type', 'nms') != 'nms' or rpn.get('nms_pre', -1) < 1 or rpn.get('max_per_img', -1) < 1:
             raise ExportError(

@@ -1,6 +1,6 @@
 """RoI heads by import, for mmengine's pure Python configs: ``roi_head=dict(type=SoftNMSRoIHead, ...)``."""
 
-from mmdet_softnms.models.rfcn import RFCNBBoxHead, RFCNRoIHead, RFCNRPNHead
+from mmdet_softnms.models.rfcn import RFCN, RFCNBBoxHead, RFCNRoIHead, RFCNRPNHead
 from mmdet_softnms.models.roi_heads import (
     SoftNMSCascadeRoIHead,
     SoftNMSDoubleHeadRoIHead,
@@ -9,6 +9,7 @@ from mmdet_softnms.models.roi_heads import (
 )
 
 __all__ = [
+    'RFCN',
     'RFCNBBoxHead',
     'RFCNRPNHead',
     'RFCNRoIHead',

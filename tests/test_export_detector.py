@@ -71,6 +71,9 @@ def test_what_cannot_be_exported_is_named():
     model.roi_head.bbox_head.pooling, model.rpn_head.whole_cells = 'caffe', True
     with pytest.raises(ExportError, match='whole cells cannot be exported; with model.rpn_head.whole_cells=False'):
         raw_detector(model, (192, 192))
+    model.rpn_head.whole_cells, model.coordinates = False, 'caffe'
+    with pytest.raises(ExportError, match="coordinates='caffe' cannot be exported.*with model.coordinates='mmdet'"):
+        raw_detector(model, (192, 192))
 
 
 def test_the_traced_part_gives_the_raw_results_of_a_live_run():

@@ -4,7 +4,7 @@ From the prototxts of bharatsingh430/soft-nms (models/*/ResNet-101/rfcn_end2end)
 """
 
 model = dict(
-    type='FasterRCNN',
+    type='mmdet_softnms.RFCN',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
         mean=[102.9801, 115.9465, 122.7717],

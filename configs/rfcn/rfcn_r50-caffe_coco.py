@@ -6,9 +6,12 @@ _base_ = [
     '../_base_/caffe_schedule.py',
 ]
 
+# The authors' coordinates and their 400 detections an image, for numbers to compare with theirs.
 model = dict(
+    coordinates='caffe',
     rpn_head=dict(anchor_generator=dict(scales=[2, 4, 8, 16, 32])),
     roi_head=dict(bbox_head=dict(num_classes=80)),
+    test_cfg=dict(rcnn=dict(max_per_img=400)),
 )
 
 train_pipeline = [

@@ -6,6 +6,9 @@ _base_ = [
     '../_base_/caffe_schedule.py',
 ]
 
+# The authors' coordinates and their 400 detections an image, for numbers to compare with theirs.
+model = dict(coordinates='caffe', test_cfg=dict(rcnn=dict(max_per_img=400)))
+
 train_dataloader = dict(batch_size=1)
 
 # The Soft-NMS authors' schedule: 8 GPUs with one image each. For another number of GPUs, --auto-scale-lr.

@@ -5,6 +5,8 @@ parts below let a model with such weights compute what it computed in Caffe; for
 having where numbers are to be compared.
 """
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +59,22 @@ class CaffeVGG(VGG, BaseModule):
 
 @TASK_UTILS.register_module()
 class CaffeAnchorGenerator(AnchorGenerator):
-    """The anchors of py-faster-rcnn's ``generate_anchors.py``: sizes rounded for each ratio, last pixel included."""
+    """The anchors of py-faster-rcnn's ``generate_anchors.py``: sizes rounded for each ratio, last pixel included.
+
+    Args:
+        strides, ratios, **kwargs: the arguments of mmdet's ``AnchorGenerator``. Ratios are taken in float64, as there:
+            in float32 a height such as 5 * 0.1 would be rounded up.
+    """
+
+    def __init__(self, strides: Any, ratios: Sequence[float], *args: Any, **kwargs: Any) -> None:
+        self._ratios = torch.tensor(ratios, dtype=torch.float64)
+        super().__init__(strides, ratios, *args, **kwargs)
+
+    def gen_base_anchors(self) -> list[Tensor]:
+        """Anchors (A, 4) of the cell at the origin, one Tensor a level."""
+        self.ratios = self._ratios
+        anchors: list[Tensor] = super().gen_base_anchors()
+        return anchors
 
     def gen_single_level_base_anchors(
         self, base_size: float, scales: Tensor, ratios: Tensor, center: tuple[float, float] | None = None
@@ -79,7 +96,15 @@ class CaffeDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
 
     Their widths are one larger; decoded boxes end half a width right of the centre, not a pixel less, and are clipped
     to the last pixel, both as in Caffe.
+
+    Args:
+        cut_deltas: cut deltas of widths and heights at log(1000 / 16), as mmdet does. In Caffe they are not cut.
+        *args, **kwargs: the arguments of mmdet's ``DeltaXYWHBBoxCoder``.
     """
+
+    def __init__(self, *args: Any, cut_deltas: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cut_deltas = cut_deltas
 
     def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
         """Deltas (N, 4) from ``bboxes`` to ``gt_bboxes``, both (N, 4) xyxy."""
@@ -90,6 +115,8 @@ class CaffeDeltaXYWHBBoxCoder(DeltaXYWHBBoxCoder):
     ) -> Tensor:
         """Boxes of the shape of ``pred_bboxes``; ``max_shape``: (height, width) of the image, to clip to."""
         inner = None if max_shape is None else tuple(size - 1 for size in max_shape[:2])
+        if not self.cut_deltas:
+            wh_ratio_clip = sys.float_info.min  # its logarithm is beyond what float32 can take the exponential of
         return super().decode(_with_last_pixel(bboxes), pred_bboxes, inner, wh_ratio_clip)
 
 

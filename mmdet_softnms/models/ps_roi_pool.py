@@ -41,6 +41,7 @@ def ps_roi_pool(
     offsets: Tensor | None = None,
     trans_std: float = 0.1,
     position_sensitive: bool = True,
+    drop_whole: bool = False,
 ) -> Tensor:
     """Pool position-sensitive score maps.
 
@@ -58,6 +59,8 @@ def ps_roi_pool(
         trans_std: see ``offsets``.
         position_sensitive: False: ``maps`` are (N, C, H, W), and every bin of channel c looks at map c, as with a group
             size of 1 in the originals; for the two kinds that sample.
+        drop_whole: for ``bilinear``: a sample on a whole row or column counts 0, as in the original, whose weights are
+            the distances to ``floor`` and ``ceil``, which are one there.
 
     Returns:
         Tensor[R, C, P, P] in the dtype of ``maps``. A bin without any pixel or sample inside the map is 0. Gradients
@@ -91,7 +94,7 @@ def ps_roi_pool(
         if offsets is None:
             offsets = boxes.new_zeros(len(rois), 2, output_size, output_size)
         offsets = offsets.to(dtype) * trans_std
-        return _mean_of_samples(grouped, image, boxes, offsets, spatial_scale, kind).to(maps.dtype)
+        return _mean_of_samples(grouped, image, boxes, offsets, spatial_scale, kind, drop_whole).to(maps.dtype)
 
 
 def _check(
@@ -240,7 +243,7 @@ def _corners(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[tu
 
 
 def _mean_of_samples(
-    maps: Tensor, image: Tensor, boxes: Tensor, offsets: Tensor, spatial_scale: float, kind: str
+    maps: Tensor, image: Tensor, boxes: Tensor, offsets: Tensor, spatial_scale: float, kind: str, drop_whole: bool
 ) -> Tensor:
     """``maps`` (N, C, P, P, H, W), ``image`` (R,), ``boxes`` (R, 4), ``offsets`` (R, 2 * G, P, P) in RoI sizes.
 
@@ -253,8 +256,8 @@ def _mean_of_samples(
         """``of_bin`` (N, C, H, W), ``along_x`` and ``along_y`` (R, G) -> (R, C)."""
         groups = along_x.shape[1]
         height, width = of_bin.shape[2:]
-        wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind)
-        wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind)
+        wy = _sample_weights(boxes[:, 1], boxes[:, 3], along_y, i, bins, spatial_scale, height, kind, drop_whole)
+        wx = _sample_weights(boxes[:, 0], boxes[:, 2], along_x, j, bins, spatial_scale, width, kind, drop_whole)
         # Part of the graph without any RoI, too, as DDP wants it.
         pooled = of_bin.new_zeros(len(boxes), of_bin.shape[1]) + of_bin.flatten()[:0].sum()
         for n, mine in by_image:
@@ -282,7 +285,15 @@ def _mean_of_samples(
 
 
 def _sample_weights(
-    start: Tensor, end: Tensor, offset: Tensor, index: int, bins: int, spatial_scale: float, size: int, kind: str
+    start: Tensor,
+    end: Tensor,
+    offset: Tensor,
+    index: int,
+    bins: int,
+    spatial_scale: float,
+    size: int,
+    kind: str,
+    drop_whole: bool,
 ) -> Tensor:
     """Weights along one axis, (R, G, size), of bin ``index``: the mean of those of its samples.
 
@@ -307,7 +318,8 @@ def _sample_weights(
     # Two pixels a sample. On a whole pixel they are one, and the gradient of its place is 0, as in the originals.
     lower, upper = places.detach().floor(), places.detach().ceil()
     share = places - lower
+    counted = inside & (lower != upper) if drop_whole else inside
     weights = places.new_zeros(*places.shape[:-1], size)
     for pixel, weight in ((lower, 1 - share), (upper, share)):
-        weights = weights.scatter_add(-1, pixel.long(), weight * inside)
+        weights = weights.scatter_add(-1, pixel.long(), weight * counted)
     return weights / inside.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -4,6 +4,9 @@ Everything with weights runs once an image: a backbone up to res4, on which the 
 (mmdet's ``ResNet`` with ``strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), out_indices=(2, 3)``), a 1 x 1 reduction, and
 position-sensitive score maps. A RoI costs pooling and a mean over its bins.
 
+``RFCN(coordinates='caffe')`` takes every coordinate as the authors' Caffe code does, for their weights and numbers.
+docs/rfcn.md lists what still differs.
+
 Glossary: N images, K classes, P bins a side, H x W pixels of a map, R RoIs of the whole batch.
 """
 
@@ -12,16 +15,65 @@ from typing import Any
 import mmdet.registry
 import torch
 from mmdet.models.dense_heads import RPNHead
+from mmdet.models.detectors import FasterRCNN
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules.samplers import SamplingResult
+from mmdet.structures.bbox import scale_boxes
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmdet_softnms.models.caffe import CaffeAnchorGenerator, CaffeDeltaXYWHBBoxCoder
 from mmdet_softnms.models.ps_roi_pool import KINDS, ps_roi_pool
 from mmdet_softnms.models.roi_heads import SoftNMSMixin
 from mmdet_softnms.registry import MODELS
+
+COORDINATES = ('mmdet', 'caffe')
+
+
+@MODELS.register_module()
+class RFCN(FasterRCNN):
+    """mmdet's ``FasterRCNN`` with R-FCN's heads, and one switch for how they take coordinates.
+
+    Args:
+        coordinates: ``mmdet``, or ``caffe``: as ``lib/rpn/proposal_layer.py`` and ``lib/fast_rcnn/test.py`` of
+            bharatsingh430/soft-nms (py-R-FCN's are the same). Then proposals are removed as small before the best are
+            taken, where a side with its last pixel is less than ``min_bbox_size`` pixels of the original image;
+            RoIs are divided by the scale of the image first, decoded and clipped afterwards; deltas are not cut; and
+            ``bilinear`` pooling takes a sample on a whole row or column as 0. Weights are the same.
+        **kwargs: the arguments of mmdet's ``FasterRCNN``.
+
+    Raises:
+        ValueError: unknown coordinates; for ``caffe``, other heads, anchors or coders than those of this package.
+    """
+
+    def __init__(self, *args: Any, coordinates: str = 'mmdet', **kwargs: Any) -> None:
+        if coordinates not in COORDINATES:
+            raise ValueError(f'coordinates {coordinates!r} is not one of {", ".join(COORDINATES)}')
+        super().__init__(*args, **kwargs)
+        self.coordinates = coordinates
+        if coordinates == 'caffe':
+            self._follow_caffe()
+
+    def _follow_caffe(self) -> None:
+        rpn_head, bbox_head = self.rpn_head, self.roi_head.bbox_head
+        for place, part, wanted in (
+            ('rpn_head', rpn_head, RFCNRPNHead),
+            ('rpn_head.anchor_generator', rpn_head.prior_generator, CaffeAnchorGenerator),
+            ('rpn_head.bbox_coder', rpn_head.bbox_coder, CaffeDeltaXYWHBBoxCoder),
+            ('roi_head.bbox_head', bbox_head, RFCNBBoxHead),
+            ('roi_head.bbox_head.bbox_coder', bbox_head.bbox_coder, CaffeDeltaXYWHBBoxCoder),
+        ):
+            # A coder that derives from Caffe's decodes otherwise (MXNet's); a head that derives from ours need not.
+            if not isinstance(part, wanted) or (isinstance(part, CaffeDeltaXYWHBBoxCoder) and type(part) is not wanted):
+                raise ValueError(
+                    f"coordinates='caffe' needs model.{place}=dict(type='mmdet_softnms.{wanted.__name__}'), "
+                    f'not {type(part).__name__}'
+                )
+        for head in (rpn_head, bbox_head):
+            head.coordinates = 'caffe'
+            head.bbox_coder.cut_deltas = False
 
 
 @MODELS.register_module()
@@ -37,6 +89,7 @@ class RFCNRPNHead(RPNHead):
     def __init__(self, *args: Any, whole_cells: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.whole_cells = whole_cells
+        self.coordinates = 'mmdet'  # RFCN sets it
 
     def _predict_by_feat_single(
         self,
@@ -45,8 +98,9 @@ class RFCNRPNHead(RPNHead):
         score_factor_list: list[Tensor],
         mlvl_priors: list[Tensor],
         img_meta: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
+        cfg: ConfigDict | None = None,
+        rescale: bool = False,
+        with_nms: bool = True,
     ) -> InstanceData:
         if self.whole_cells:
             (scores,), (deltas,), (priors,) = cls_score_list, bbox_pred_list, mlvl_priors
@@ -55,9 +109,30 @@ class RFCNRPNHead(RPNHead):
             cls_score_list, bbox_pred_list = [scores[:, :rows, :columns]], [deltas[:, :rows, :columns]]
             priors = priors.view(*scores.shape[1:], -1, 4)  # cell by cell, all anchors of one
             mlvl_priors = [priors[:rows, :columns].reshape(-1, 4)]
+        if self.coordinates == 'caffe':
+            cfg = self.test_cfg if cfg is None else cfg
+            candidates = self._large_enough(cls_score_list[0], bbox_pred_list[0], mlvl_priors[0], img_meta, cfg)
+            cfg = ConfigDict(cfg, min_bbox_size=-1)
+            return self._bbox_post_process(candidates, cfg, rescale, with_nms, img_meta)
         return super()._predict_by_feat_single(
-            cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors, img_meta, *args, **kwargs
+            cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors, img_meta, cfg, rescale, with_nms
         )
+
+    def _large_enough(
+        self, logits: Tensor, deltas: Tensor, priors: Tensor, img_meta: dict[str, Any], cfg: ConfigDict
+    ) -> InstanceData:
+        """The best ``nms_pre`` of the boxes that are not small; ``logits`` (A, H, W), ``deltas`` (4A, H, W)."""
+        logits = logits.permute(1, 2, 0).reshape(-1, self.cls_out_channels)
+        scores = (logits.sigmoid() if self.use_sigmoid_cls else logits.softmax(-1))[:, 0]
+        deltas = deltas.permute(1, 2, 0).reshape(-1, 4)
+        boxes = self.bbox_coder.decode(priors, deltas, max_shape=img_meta['img_shape'])
+        sides = boxes[:, 2:] - boxes[:, :2] + 1
+        smallest = cfg.get('min_bbox_size', -1) * boxes.new_tensor(_of_image(img_meta, 'scale_factor')[:2])
+        large = (sides >= smallest).all(dim=1)
+        scores, order = scores[large].sort(descending=True, stable=True)
+        best = slice(cfg.nms_pre if cfg.get('nms_pre', -1) > 0 else None)
+        levels = order[best] * 0
+        return InstanceData(bboxes=boxes[large][order[best]], scores=scores[best], level_ids=levels)
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """``x``: feature maps (N, C, H, W). Returns objectness logits and deltas, each a list of one map."""
@@ -130,6 +205,7 @@ class RFCNBBoxHead(BBoxHead):
         self.output_size = output_size
         self.spatial_scale = 1 / stride
         self.pooling = pooling
+        self.coordinates = 'mmdet'  # RFCN sets it
         self.trans_std = trans_std
         self.ohem = ohem
         bins = output_size**2
@@ -168,7 +244,27 @@ class RFCNBBoxHead(BBoxHead):
             kind=self.pooling,
             offsets=offsets,
             trans_std=self.trans_std,
+            drop_whole=self.pooling == 'bilinear' and self.coordinates == 'caffe',
         )
+
+    def _predict_by_feat_single(
+        self,
+        roi: Tensor,
+        cls_score: Tensor,
+        bbox_pred: Tensor,
+        img_meta: dict[str, Any],
+        rescale: bool = False,
+        rcnn_test_cfg: ConfigDict | None = None,
+    ) -> InstanceData:
+        if self.coordinates == 'mmdet':
+            return super()._predict_by_feat_single(roi, cls_score, bbox_pred, img_meta, rescale, rcnn_test_cfg)
+        scale = _of_image(img_meta, 'scale_factor')[:2]
+        roi = torch.cat([roi[:, :1], scale_boxes(roi[:, 1:], [1 / s for s in scale])], dim=1)
+        original = dict(img_meta, img_shape=_of_image(img_meta, 'ori_shape'))
+        results = super()._predict_by_feat_single(roi, cls_score, bbox_pred, original, False, rcnn_test_cfg)
+        if not rescale:
+            results.bboxes = scale_boxes(results.bboxes, scale)
+        return results
 
     def loss_and_target(
         self,
@@ -226,6 +322,8 @@ class RFCNRoIHead(SoftNMSMixin, StandardRoIHead):
         ValueError: a RoI extractor or a mask head, which R-FCN has none of.
     """
 
+    raw_bbox_heads = (BBoxHead, RFCNBBoxHead)
+
     def __init__(self, *args: Any, in_index: int = -1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.in_index = in_index
@@ -245,3 +343,10 @@ class RFCNRoIHead(SoftNMSMixin, StandardRoIHead):
     def _bbox_forward(self, x: tuple[Tensor, ...], rois: Tensor) -> dict[str, Tensor | None]:
         cls_score, bbox_pred = self.bbox_head(x[self.in_index], rois)
         return {'cls_score': cls_score, 'bbox_pred': bbox_pred, 'bbox_feats': None}
+
+
+def _of_image(img_meta: dict[str, Any], key: str) -> Any:
+    """``img_meta[key]``, with a remedy where it is missing."""
+    if img_meta.get(key) is None:
+        raise ValueError(f"coordinates='caffe' needs {key} of every image: name it in meta_keys of PackDetInputs")
+    return img_meta[key]

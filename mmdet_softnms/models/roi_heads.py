@@ -39,6 +39,8 @@ class SoftNMSMixin(TakesRules):
     """
 
     bbox_head: nn.Module
+    #: Whose raw results are all that their own suppression takes.
+    raw_bbox_heads: tuple[type[BBoxHead], ...] = (BBoxHead,)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not args:
@@ -208,10 +210,11 @@ def check_arguments(head: type, names: set[str]) -> None:
     )
 
 
-def _refuse_foreign_bbox_heads(head: type, bbox_head: nn.Module) -> None:
+def _refuse_foreign_bbox_heads(head: type[SoftNMSMixin], bbox_head: nn.Module) -> None:
     for each in bbox_head if isinstance(bbox_head, nn.ModuleList) else [bbox_head]:
         for method in ('predict_by_feat', '_predict_by_feat_single'):
-            if getattr(type(each), method, None) is not getattr(BBoxHead, method):
+            known = [getattr(cls, method) for cls in head.raw_bbox_heads]
+            if getattr(type(each), method, None) not in known:
                 raise TypeError(
                     f'{head.__name__} cannot be used with {type(each).__name__}: it post-processes in its own way '
                     "(SABLHead multiplies score factors in), which mmdet's raw results lose. Keep its own RoI head."

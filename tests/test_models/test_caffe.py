@@ -27,6 +27,15 @@ def test_anchors_are_those_in_the_head_of_generate_anchors():
     torch.testing.assert_close(grid[9 * 3 : 9 * 4], generator.base_anchors[0] + torch.tensor([0.0, 16, 0, 16]))
 
 
+def test_anchors_round_by_ratios_in_float64():
+    """numpy: a width of 25 makes a height of round(25 * 0.1) = round(2.5) = 2; in float32 it would be 3."""
+    generator = TASK_UTILS.build(
+        dict(type='mmdet_softnms.CaffeAnchorGenerator', strides=[8], ratios=[0.1], scales=[1, 2])
+    )
+    base = generator.base_anchors[0]
+    torch.testing.assert_close(base[:, 2:] - base[:, :2] + 1, torch.tensor([[25.0, 2], [50, 4]]))
+
+
 def _bbox_transform_inv(boxes, deltas, height, width):
     """py-faster-rcnn, lib/fast_rcnn/bbox_transform.py, with clip_boxes."""
     w, h = boxes[:, 2] - boxes[:, 0] + 1, boxes[:, 3] - boxes[:, 1] + 1
@@ -55,6 +64,15 @@ def test_coder_is_bbox_transform(stds):
     dy = (boxes[25:, 1] + 0.5 * gt_h - boxes[:25, 1] - 0.5 * h) / h
     expected = np.stack([dx, dy, np.log(gt_w / w), np.log(gt_h / h)], axis=1) / np.array(stds)
     np.testing.assert_allclose(targets.numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_deltas_are_cut_or_not():
+    boxes, deltas = torch.tensor([[10.0, 10, 19, 19]] * 2), torch.tensor([[0.0, 0, 5, -5], [0, 0, 800, 800]])
+    for cut, width in ((True, 10 * 1000 / 16), (False, 10 * np.exp(5))):
+        coder = TASK_UTILS.build(dict(type='mmdet_softnms.CaffeDeltaXYWHBBoxCoder', cut_deltas=cut))
+        x1, _, x2, _ = coder.decode(boxes, deltas)[0].tolist()
+        assert x2 - x1 == pytest.approx(width, rel=1e-5)
+        assert coder.decode(boxes, deltas, (80, 90))[1].tolist() == [0, 0, 89, 79]
 
 
 def test_first_pooling_is_not_padded():

@@ -90,6 +90,18 @@ def naive(maps: Tensor, rois: Tensor, bins: int, kind: str, offsets: Tensor | No
     return torch.from_numpy(out)
 
 
+def test_bilinear_samples_on_whole_pixels_may_count_nothing() -> None:
+    """A bin of 2 pixels from 0.5 has samples at 1 and 2: whole. The original weighs by ceil(x) - x and x - floor(x)."""
+    maps = torch.rand(1, 4, 7, 10) + 1
+    rois = torch.tensor([[0.0, 8, 8, 72, 72], [0, 8, 9, 72, 73]])  # the second: whole along x only
+    pooled = ps_roi_pool(maps, rois, 2, SCALE, kind='bilinear', drop_whole=True)
+    assert pooled.abs().max() == 0
+    assert ps_roi_pool(maps, rois, 2, SCALE, kind='bilinear').min() >= 1
+    rois = rois + torch.tensor([0, 3, 5, 3, 5.0])
+    pooled = ps_roi_pool(maps, rois, 2, SCALE, kind='bilinear', drop_whole=True)
+    assert pooled.equal(ps_roi_pool(maps, rois, 2, SCALE, kind='bilinear'))
+
+
 def scene(bins: int, channels: int = 3, boxes: list[list[float]] = BOXES, images: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(bins)
     maps = torch.randn(images, channels * bins**2, 7, 10, generator=generator)

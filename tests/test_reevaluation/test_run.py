@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
 from mmdet.evaluation.functional import eval_map
 from mmengine.config import Config
 from pycocotools.coco import COCO
@@ -120,6 +121,25 @@ def _voc_lists(cfg: Config, live: list[dict]):
 def test_reevaluation_of_an_r_fcn_equals_the_live_run(tmp_path_factory, tmp_path):
     project = make_project(tmp_path_factory.mktemp('rfcn'), 'r-fcn')
     test_reevaluation_equals_the_live_run(project, 'coco', GAUSSIAN, 2, tmp_path)
+
+
+def test_candidates_in_caffe_coordinates_are_those_of_a_live_run(tmp_path):
+    """Stored after decoding in the original image; those of the other coordinates are never taken for them."""
+    project = make_project(tmp_path, 'r-fcn')
+    cfg = Config.fromfile(project.coco_config)
+    mmdets = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store
+    cfg.model.coordinates = 'caffe'
+    cfg.model.test_cfg.rcnn = dict(score_thr=1e-3, max_per_img=100, nms=HARD)
+    store = collect(cfg, project.checkpoint, 1e-3, tmp_path / 'candidates').store
+    assert store.folder != mmdets.folder
+    images = store.load()
+    model = init_detector(cfg, str(project.checkpoint), device='cpu')
+    for image, found in zip(images, detections(images, default_settings(cfg, 1e-3, 100, 1e-3)[0]), strict=True):
+        path = project.root / 'VOC2007/JPEGImages' / f'{image.img_id:06d}.jpg'
+        live = inference_detector(model, str(path)).pred_instances
+        assert len(live) > 5
+        for key in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(found[key], live[key], rtol=0, atol=0)
 
 
 def test_the_table_is_fair(project):

@@ -13,9 +13,8 @@ a protobuf message; nothing in it is executed. Network, classes and anchors are 
 * Published files have the box normalisation (stds .1 .1 .2 .2) multiplied into the box maps; it is divided out again,
   since mmdet's coder applies it. ``--raw-box-maps``: it was not, as in a solver's own snapshots.
 
-BGR input, mean, stride placement, anchors and box conventions are the configs'. What still differs from Caffe:
-proposals below the minimum size are dropped at 8 px of the resized image instead of 8 px of the original, and with
-``>`` instead of ``>=``; box deltas are cut at log(1000 / 16), where Caffe lets them explode.
+BGR input, mean, stride placement, anchors and box conventions are the configs', with ``coordinates='caffe'`` those of
+the smallest proposals and of decoding, too. docs/rfcn.md lists what still differs from Caffe.
 """
 
 import argparse
