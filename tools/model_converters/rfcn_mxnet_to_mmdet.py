@@ -26,6 +26,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,8 +98,8 @@ def convert(params: Mapping[str, np.ndarray], *, box_maps: str | None = None) ->
         check_fit(name, weight, [bias], dims)
         state[f'{to}.weight'], state[f'{to}.bias'] = change(weight), change(bias)
 
-    def offsets(name: str, to: str, channels: int, *change: Callable[[Tensor], Tensor], dims: int = 4) -> None:
-        layer(name, to, *change, dims=dims)
+    def offsets(name: str, to: str, channels: int, **how: Any) -> None:
+        layer(name, to, **how)
         if len(state[f'{to}.bias']) != channels:
             raise ConversionError(f'{name} has {len(state[f"{to}.bias"])} channels instead of {channels}')
 
@@ -135,7 +136,7 @@ def convert(params: Mapping[str, np.ndarray], *, box_maps: str | None = None) ->
         layer('rfcn_bbox', f'{head}.reg_maps', lambda each: foreground_boxes(each, raw))
         if deformable:
             maps = len(state[f'{head}.cls_maps.bias'])
-            offsets('rfcn_cls_offset_t', f'{head}.cls_offset_maps', 2 * maps, _offsets_background_last)
+            offsets('rfcn_cls_offset_t', f'{head}.cls_offset_maps', 2 * maps, change=_offsets_background_last)
             offsets('rfcn_bbox_offset_t', f'{head}.reg_offset_maps', 2 * BINS)
     else:
         extractor, head = 'roi_head.bbox_roi_extractor', 'roi_head.bbox_head'

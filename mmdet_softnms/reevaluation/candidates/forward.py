@@ -382,7 +382,7 @@ def _refuse_values_that_are_not_finite(model: Any) -> None:
         getattr(model, name, None) for name in ('rpn_head', 'bbox_head')
     ]  # a RoI head's is not the model's
     if isinstance(model, SoftNMSDetectron2Wrapper):  # where RoIs are dropped, too
-        heads = model.layers_before_suppression()
+        heads = list(model.layers_before_suppression())
     for head in heads:
         if isinstance(head, torch.nn.Module):
             head.register_forward_hook(look)
