@@ -133,7 +133,7 @@ class Case:
         self.objectness = torch.randn(1, anchors, rows, columns) * 2
         self.deltas = torch.randn(1, 4 * anchors, rows, columns) * 0.6
         # Wide ones that come from far outside: cut at log(1000 / 16), they would not reach the image.
-        self.objectness[0, 0, 3:12:4, 10] = 8
+        self.objectness[0, 0, 3:12:4, 10] = torch.tensor([8.0, 7.5, 7.0])
         self.deltas[0, 0, 3:12:4, 10], self.deltas[0, 2, 3:12:4, 10] = -40, 4.5
         self.feature = torch.randn(1, head.in_channels, rows, columns)
         self.scale = scale
