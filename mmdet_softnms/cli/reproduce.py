@@ -9,8 +9,7 @@ The numbers come from the same re-evaluation as those of tools/reevaluate.py, on
 a published number names. DIR/reproduction.json holds all of it.
 
 Exit status: 0 pass, 1 fail or bad input, 2 not comparable (nothing published, a split whose annotations are not
-public, other data, other weights, or other settings than the published ones): what was measured is printed all the
-same.
+public, other data, other weights, or other settings than the published ones; what was measured is printed).
 """
 
 import argparse
