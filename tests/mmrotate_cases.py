@@ -36,7 +36,6 @@ ZOO = {
     'FCOS': 'rotated_fcos/rotated-fcos-le90_r50_fpn_1x_dota',
     'ATSS': 'rotated_atss/rotated-atss-le90_r50_fpn_1x_dota',
     'S2A-Net': 's2anet/s2anet-le135_r50_fpn_1x_dota',
-    'R3Det': 'r3det/r3det-oc_r50_fpn_1x_dota',
 }
 GAUSSIAN = dict(type='mmdet_softnms.RotatedSoftNMS', method='gaussian', sigma=0.5, min_score=1e-3)
 HARD = dict(type='mmdet_softnms.RotatedSoftNMS', method='hard', min_score=0.0)
@@ -103,7 +102,7 @@ def build(cfg: Config, like: nn.Module | None = None) -> nn.Module:
             spread = 0.1 if 'reg' in name else 1.0
             nn.init.normal_(module.weight, std=spread * module.weight[0].numel() ** -0.5)
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.bias, 1.0 if name.endswith('conv_reg') else 0.0)  # FCOS: sides above 0
     return model
 
 
