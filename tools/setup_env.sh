@@ -193,17 +193,6 @@ setup_detectron2() {
   step detectron2 '15 s, plus the download' "$(declare -f install_detectron2 stub_cuda)" install_detectron2
 }
 
-# setup_mmrotate: mmrotate for tests/test_mmrotate.py, beside Detectron2, whose torchvision its models import.
-setup_mmrotate() {
-  step mmrotate '10 s, plus the download' "$(declare -f install_mmrotate)" install_mmrotate
-}
-
-# Without dependencies: those that its models need are mmdet's.
-install_mmrotate() {
-  rm -rf "$VENV/mmrotate" &&
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --no-compile --target "$VENV/mmrotate" onedl-mmrotate==1.2.1
-}
-
 # Detectron2 has no wheels. Its Python files serve without a build: the compiled part is for deformable convolution and
 # rotated boxes. No versions of $VENV change: everything goes into the folder, without dependencies.
 install_detectron2() (
