@@ -23,6 +23,8 @@ class _Paper:
         parameters: as ``params`` shows them, ``class_agnostic`` only where it is True.
     """
 
+    box_dim = 4
+
     def __init__(self, class_agnostic: bool, **parameters: Any) -> None:
         for name in ('iou_threshold', 'min_score', 'vote_threshold'):
             if name in parameters:
@@ -220,6 +222,8 @@ class GidarisNMS:
     Each detection becomes the mean, weighted by raw scores, of the candidates of its class whose IoU with it is at
     least ``vote_threshold``, itself included.
     """
+
+    box_dim = 4
 
     def __init__(self, rule: Rule | None = None, vote_threshold: float = 0.5, class_agnostic: bool = False) -> None:
         voted = VotedNMS(rule, class_agnostic=class_agnostic)  # says what cannot be wrapped

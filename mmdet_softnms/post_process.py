@@ -1,9 +1,10 @@
 """Raw candidates to detections: the one place where suppression happens, for a live model and for stored candidates.
 
 Raw (mmdet's ``rcnn_test_cfg=None`` contract), one image: ``boxes`` (R, 4K), or (R, 4) where box regression is
-class-agnostic; ``scores`` (R, K+1), background last. Candidates and detections are three tensors of one length each,
-:class:`Instances`; candidates come in the order of mmdet's ``multiclass_nms``: by RoI, then by class. Dense heads give
-candidates at once (:func:`suppress_candidates`). Needs torch only.
+class-agnostic; ``scores`` (R, K+1), background last. Rotated boxes have 5 values instead of 4.
+Candidates and detections are three tensors of one length each, :class:`Instances`; candidates come in the order of
+mmdet's ``multiclass_nms``: by RoI, then by class. Dense heads give candidates at once (:func:`suppress_candidates`).
+Needs torch only.
 """
 
 import warnings
@@ -13,13 +14,13 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from mmdet_softnms.rules import Rule
+from mmdet_softnms.rules import Rule, check_box_dim
 
 
 class Instances(NamedTuple):
     """Boxes of one image with their scores and classes."""
 
-    bboxes: Tensor  # (N, 4) xyxy
+    bboxes: Tensor  # (N, 4) xyxy, or (N, 5) rotated: x, y, w, h, angle
     scores: Tensor  # (N,)
     labels: Tensor  # (N,) int64
 
@@ -40,7 +41,8 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> Instances:
     """Drop background and scores up to ``score_thr``, one candidate per remaining RoI and class.
 
     Args:
-        boxes (Tensor[R, 4K] or Tensor[R, 4]): decoded ``xyxy`` boxes.
+        boxes (Tensor[R, 4K] or Tensor[R, 4]): decoded ``xyxy`` boxes. Or rotated ones, (R, 5K) or (R, 5): whatever K
+            is, no width is of both kinds.
         scores (Tensor[R, K+1]): class probabilities, background last.
         score_thr: candidates with ``score > score_thr`` stay, as in mmdet, and those whose score is not a number.
 
@@ -49,13 +51,14 @@ def to_candidates(boxes: Tensor, scores: Tensor, score_thr: float) -> Instances:
     """
     num_rois, num_classes = scores.shape[0], scores.shape[1] - 1
     # Without any RoI mmdet returns (0, 4) boxes for class-aware regression too.
-    if boxes.shape[0] != num_rois or boxes.shape[1] not in (4, 4 * num_classes):
+    box_dim = next((each for each in (4, 5) if boxes.shape[1] in (each, each * num_classes)), 0)
+    if boxes.shape[0] != num_rois or not box_dim:
         raise ValueError(
             f'boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)} are not the (R, 4K) or (R, 4) and (R, K+1) '
-            'of one image'
+            'of one image (5 for 4 where boxes are rotated)'
         )
     roi, label = (~(scores[:, :-1] <= score_thr)).nonzero(as_tuple=True)
-    chosen = boxes[roi] if boxes.shape[1] == 4 else boxes.view(num_rois, num_classes, 4)[roi, label]
+    chosen = boxes[roi] if boxes.shape[1] == box_dim else boxes.view(num_rois, num_classes, box_dim)[roi, label]
     return Instances(chosen, scores[roi, label], label)
 
 
@@ -64,7 +67,7 @@ def _usable(candidates: Instances) -> Tensor:
     boxes = candidates.bboxes
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()  # the type the operator computes in
-    sides = boxes[:, 2:] - boxes[:, :2]
+    sides = boxes[:, 2:4] if boxes.shape[1] == 5 else boxes[:, 2:] - boxes[:, :2]
     # Not a number and infinity fail the comparison, too. A quarter: room for an offset, and for the union of two.
     small = (sides[:, 0] * sides[:, 1]).abs() <= torch.finfo(boxes.dtype).max / 4
     return small & boxes.isfinite().all(dim=1) & candidates.scores.isfinite()
@@ -95,6 +98,8 @@ def suppress(candidates: Any, rule: Rule, score_thr: float, max_per_img: int) ->
 def _apply(images: Sequence[Instances], rule: Rule, max_per_img: int) -> list[tuple[Instances, Tensor]]:
     """Detections of each image, and where each stands among the candidates."""
     max_num = max_per_img if max_per_img > 0 else -1
+    for image in images:
+        check_box_dim(rule, image.bboxes.shape[1])
     batch = getattr(rule, 'batch', None)
     if batch is None or len(images) == 1:
         selected = [rule(*image, max_num) for image in images]
@@ -166,6 +171,9 @@ def suppress_candidates(
 
     Returns:
         Of each image the detections, and a tensor (M,) of int64: where each stands among the candidates.
+
+    Raises:
+        ValueError: the boxes are rotated and the rule takes axis-aligned ones, or the other way round.
     """
     if getattr(rule, 'keeps_non_finite', False):
         return _apply(images, rule, max_per_img)

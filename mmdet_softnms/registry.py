@@ -17,7 +17,7 @@ import torch
 
 from mmdet_softnms import paper_rules
 from mmdet_softnms.files import did_you_mean
-from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS, SupportedNMS, VotedNMS
+from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, RotatedSoftNMS, Rule, SoftNMS, SupportedNMS, VotedNMS
 
 _INSTALL = (
     'mmdet_softnms needs mmdet 3.x with mmcv and mmengine to plug into a detector ({}); install either '
@@ -67,6 +67,7 @@ DATA_SAMPLERS = Registry(
 _RULES: tuple[type, ...] = (
     SoftNMS,
     HardNMS,
+    RotatedSoftNMS,
     VotedNMS,
     SupportedNMS,
     NoSuppression,
@@ -302,6 +303,8 @@ def _tried(rule: MmcvNMS) -> MmcvNMS:
         TypeError: an argument that the function does not have, or one that is missing.
     """
     boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])
+    if rule.nms_type == 'nms_rotated':
+        boxes = torch.nn.functional.pad(boxes, (0, 1))  # an angle
     try:
         rule(boxes, boxes[:, 2] / 10, torch.zeros(2, dtype=torch.int64), -1)
     except TypeError as error:

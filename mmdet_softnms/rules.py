@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmdet_softnms.ops import batched_soft_nms, quality, ranked_soft_nms, soft_nms, vote, weights
+from mmdet_softnms.ops import batched_soft_nms, quality, ranked_soft_nms, rotated_soft_nms, soft_nms, vote, weights
 from mmdet_softnms.ops._soft_nms import Decay, Method
 from mmdet_softnms.ops._voting import check_support, check_tolerance
 
@@ -20,7 +20,8 @@ from mmdet_softnms.ops._voting import check_support, check_tolerance
 class Rule(Protocol):
     """What every rule offers.
 
-    Three attributes are optional. ``batch(boxes, scores, labels, max_num)`` takes a list with a tensor for each image
+    Four attributes are optional. ``box_dim``: how many values a box has, 4, or 5 where it is rotated; a rule without it
+    takes any. ``batch(boxes, scores, labels, max_num)`` takes a list with a tensor for each image
     and returns a list of what the call returns. ``refine(boxes, scores, labels, keep, kept_scores)`` takes the
     candidates of one image and what the call made of them, and returns the (M, 4) boxes of the detections, which are
     ``boxes[keep]`` otherwise. ``keeps_non_finite = True``: the rule wants to see candidates whose box or score is not
@@ -33,6 +34,18 @@ class Rule(Protocol):
         """Select among (N, 4) ``xyxy`` boxes, (N,) scores and labels; max_num -1 means no limit."""
 
 
+def check_box_dim(rule: Rule, box_dim: int) -> None:
+    """Raise a ValueError that names the right rule where boxes of so many values are not what a rule takes."""
+    if (wanted := getattr(rule, 'box_dim', box_dim)) == box_dim:
+        return
+    kinds = {4: 'axis-aligned boxes (x1, y1, x2, y2)', 5: 'rotated boxes (x, y, w, h, angle)'}
+    remedies = {4: "write type='mmdet_softnms.SoftNMS'", 5: "write type='mmdet_softnms.RotatedSoftNMS'"}
+    raise ValueError(
+        f'{name_of(rule)} takes {kinds[wanted]}, and the detector predicts {kinds.get(box_dim, f"{box_dim} values")}: '
+        + remedies.get(box_dim, "leave type='nms' or 'nms_quadri' to mmcv")
+    )
+
+
 class SoftNMS:
     """Soft-NMS (Bodla et al., ICCV 2017), class by class; the arguments are those of :func:`mmdet_softnms.soft_nms`.
 
@@ -42,6 +55,8 @@ class SoftNMS:
     Raises:
         TypeError, ValueError: a parameter is of the wrong type or out of range; at once, not at the first image.
     """
+
+    box_dim = 4
 
     def __init__(
         self,
@@ -57,11 +72,7 @@ class SoftNMS:
         self._arguments = dict(
             method=method, iou_threshold=iou_threshold, sigma=sigma, min_score=min_score, offset=offset, decay=decay
         )
-        unused = weights.PARAMETERS.keys() - set(weights.get(method).parameters)
-        unused |= {'decay'} if decay == 'product' else set()
-        self.params = {name: value for name, value in self._arguments.items() if name not in unused}
-        if class_agnostic:
-            self.params['class_agnostic'] = True
+        self.params = _used(self._arguments, class_agnostic)
         self(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64), 0)  # checks the arguments
 
     def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, max_num: int) -> tuple[Tensor, Tensor]:
@@ -93,6 +104,49 @@ class HardNMS(SoftNMS):
         del self.params['method'], self.params['min_score']
 
 
+class RotatedSoftNMS:
+    """:class:`SoftNMS` of rotated boxes ``(x, y, w, h, angle)`` in pixels and radians, mmcv's and mmrotate's.
+
+    The arguments are those of :func:`mmdet_softnms.ops.rotated_soft_nms`; ``method='hard'`` is mmcv's ``nms_rotated``.
+
+    Args:
+        class_agnostic: boxes of different classes suppress each other, too.
+
+    Raises:
+        TypeError, ValueError: a parameter is of the wrong type or out of range; at once, not at the first image.
+    """
+
+    box_dim = 5
+
+    def __init__(
+        self,
+        method: Method = 'gaussian',
+        iou_threshold: float = 0.3,
+        sigma: float = 0.5,
+        min_score: float = 1e-3,
+        class_agnostic: bool = False,
+        decay: Decay = 'product',
+    ) -> None:
+        self._class_agnostic = is_flag('class_agnostic', class_agnostic)
+        self._arguments = dict(
+            method=method, iou_threshold=iou_threshold, sigma=sigma, min_score=min_score, decay=decay
+        )
+        self.params = _used(self._arguments, class_agnostic)
+        self(torch.empty(0, 5), torch.empty(0), torch.empty(0, dtype=torch.int64), 0)  # checks the arguments
+
+    def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, max_num: int) -> tuple[Tensor, Tensor]:
+        groups = None if self._class_agnostic else labels
+        return rotated_soft_nms(boxes, scores, groups, max_num=max_num, **self._arguments)  # type: ignore[arg-type]
+
+
+def _used(arguments: dict[str, Any], class_agnostic: bool) -> dict[str, Any]:
+    """What a rule was made with, without what its method does not use."""
+    unused = weights.PARAMETERS.keys() - set(weights.get(arguments['method']).parameters)
+    unused |= {'decay'} if arguments['decay'] == 'product' else set()
+    used = {name: value for name, value in arguments.items() if name not in unused}
+    return used | (dict(class_agnostic=True) if class_agnostic else {})
+
+
 class VotedNMS:
     """Box voting after any rule: selection, scores and order are the rule's, and the boxes move.
 
@@ -108,6 +162,8 @@ class VotedNMS:
     Raises:
         TypeError, ValueError: a parameter is of the wrong type or out of range, or the rule cannot be wrapped.
     """
+
+    box_dim = 4
 
     def __init__(
         self,
@@ -181,6 +237,8 @@ class SupportedNMS:
     Raises:
         TypeError, ValueError: a parameter is of the wrong type or out of range, or the rule cannot be wrapped.
     """
+
+    box_dim = 4
 
     def __init__(
         self, rule: Rule | None = None, power: float = 8, prior: float = 1, class_agnostic: bool = False
@@ -295,6 +353,8 @@ def _wrapped(rule: Any) -> Rule:
             'mmdet_softnms.registry.build_rule'
         )
     inner: Rule = rule
+    if getattr(inner, 'box_dim', 4) != 4:
+        raise TypeError(f'{name_of(inner)} cannot be wrapped: votes and support are of axis-aligned boxes')
     return inner
 
 

@@ -14,7 +14,15 @@ from yapf.yapflib import yapf_api
 yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)
 
 SHARED = Path(__file__).parents[2] / 'shared'
-ALLOWED_SKIPS = ('no GPU: ', 'no MXNet: ', 'no detectron2: ', 'no shared data: ', 'no browser: ', 'no /proc: ')
+ALLOWED_SKIPS = (
+    'no GPU: ',
+    'no MXNet: ',
+    'no detectron2: ',
+    'no mmrotate: ',
+    'no shared data: ',
+    'no browser: ',
+    'no /proc: ',
+)
 
 
 @pytest.fixture(scope='session')

@@ -24,10 +24,15 @@ def find() -> str:
         return ''
     if reason := missing():
         return reason
-    sys.path.append(str(PLACE))  # last: packages that are installed win
-    for library in (PLACE / 'stubs').glob('*.so*'):
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    load_torchvision()
     # Release 0.6 is of 2021, and was not built.
     PIL.Image.LINEAR = PIL.Image.BILINEAR  # type: ignore[attr-defined]
     sys.modules['detectron2._C'] = ModuleType('detectron2._C')
     return ''
+
+
+def load_torchvision() -> None:
+    """Make ``import torchvision`` work in this process, with the one beside Detectron2."""
+    sys.path.append(str(PLACE))  # last: packages that are installed win
+    for library in (PLACE / 'stubs').glob('*.so*'):
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

@@ -15,12 +15,12 @@ files yaml_file
 locate
 ops.weights ops._compiled
 ops._arguments ops._derivative
-ops._reference ops._cpu ops._triton ops._triton_kernels ops._neighbours ops._eager
+ops._reference ops._cpu ops._triton ops._triton_kernels ops._neighbours ops._eager ops._rotated_cpu
 ops._dispatch
 ops._operator
 ops._soft_nms
 ops._batch
-ops._voting
+ops._voting ops._rotated
 ops .
 rules
 paper_rules

@@ -25,6 +25,7 @@ ELSEWHERE = {
     'ops/_reference': ('test_ops/test_soft_nms.py', 'the oracle is tested with what it is the oracle of'),
     'ops/_eager': ('test_ops/test_cpu_path.py', 'a second way of this path to the same bits'),
     'ops/_neighbours': ('test_ops/test_voting.py', 'kernels of votes and support'),
+    'ops/_rotated_cpu': ('test_ops/test_rotated.py', 'the kernel of rotated boxes'),
     'ops/_triton_kernels': ('test_ops/test_triton.py', 'the kernels of ops/_triton'),
     'reevaluation/candidates/forward': ('test_reevaluation/test_store.py', 'what it leaves is a store'),
     'reevaluation/candidates/plug': ('test_reevaluation/test_run.py', 'plugged detectors, run live and stored'),

@@ -5,10 +5,10 @@ import torch
 from mmcv.ops import batched_nms, nms
 
 from mmdet_softnms.ops import quality, vote
-from mmdet_softnms.post_process import Instances, _apply, suppress
+from mmdet_softnms.post_process import Instances, _apply, post_process, suppress
 from mmdet_softnms.reevaluation.scoring.settings import _written
 from mmdet_softnms.registry import build_rule
-from mmdet_softnms.rules import HardNMS, MmcvNMS, SoftNMS, SupportedNMS, VotedNMS, describe
+from mmdet_softnms.rules import HardNMS, MmcvNMS, RotatedSoftNMS, SoftNMS, SupportedNMS, VotedNMS, describe
 
 
 def _drawn(number=300):
@@ -150,3 +150,29 @@ def test_what_a_line_of_a_table_says():
 def test_what_cannot_be_made_is_refused(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         make()
+
+
+def test_rotated_boxes_have_a_rule_of_their_own():
+    boxes = torch.tensor([[10.0, 10, 8, 4, 0.3], [10, 10, 8, 4, 0.4], [90, 10, 8, 4, 0.3], [10, float('nan'), 8, 4, 0]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 0, 1, 1])
+    rule = RotatedSoftNMS('linear', 0.3)
+    assert describe(rule) == 'RotatedSoftNMS linear iou_threshold=0.3 min_score=0.001'
+    assert describe(build_rule(dict(type='mmdet_softnms.RotatedSoftNMS', class_agnostic=True))).endswith(
+        'agnostic=True'
+    )
+    keep, kept = rule(boxes[:3], scores[:3], labels[:3], -1)
+    assert keep.tolist() == [0, 2, 1] and kept[2] < 0.3
+    raw = torch.cat([scores[:, None], 1 - scores[:, None]], 1)
+    with pytest.warns(RuntimeWarning, match='1 candidates'):
+        found = post_process(boxes, raw, rule, 0.05, 100)  # (R, 5) of one class
+    assert found.bboxes.shape == (3, 5) and found.scores.tolist()[:2] == scores.tolist()[::2][:2]
+    per_class = torch.cat([boxes[:3], boxes[:3] + 200], 1)  # (R, 5K)
+    both = torch.cat([scores[:3, None] / 2, scores[:3, None] / 2, 1 - scores[:3, None]], 1)
+    found = post_process(per_class, both, rule, 0.05, 100)
+    assert torch.equal(found.bboxes[:, 0] > 100, found.labels == 1) and len(found.labels) == 6
+    with pytest.raises(ValueError, match=r"SoftNMS takes axis-aligned .* write type='mmdet_softnms.RotatedSoftNMS'"):
+        post_process(boxes[:3], raw[:3], SoftNMS(), 0.05, 100)
+    with pytest.raises(ValueError, match=r"RotatedSoftNMS takes rotated .* write type='mmdet_softnms.SoftNMS'"):
+        post_process(boxes[:3, :4], raw[:3], rule, 0.05, 100)
+    with pytest.raises(TypeError, match='RotatedSoftNMS cannot be wrapped'):
+        VotedNMS(rule)

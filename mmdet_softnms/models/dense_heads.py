@@ -18,7 +18,7 @@ from mmdet.models import dense_heads as mmdets
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.base_mask_head import BaseMaskHead
 from mmdet.models.roi_heads import BaseRoIHead
-from mmdet.structures.bbox import get_box_tensor
+from mmdet.structures.bbox import BaseBoxes, get_box_tensor
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
@@ -36,6 +36,7 @@ class SoftNMSDenseMixin(TakesRules):
     ``_bbox_mask_post_process`` of ``RTMDetInsHead``, or in ``_bboxes_nms`` of ``CornerHead``. ``max_per_img`` of 0 or
     less, or none, is no limit (mmdet's dense heads would cut one detection, or all, off); YOLOX obeys it, too.
 
+    Heads of mmrotate predict rotated boxes (N, 5), for which the rule is :class:`mmdet_softnms.rules.RotatedSoftNMS`.
     Candidates whose box or score is not finite are dropped; the head says once how many of a batch, and where first.
 
     Raises:
@@ -48,6 +49,10 @@ class SoftNMSDenseMixin(TakesRules):
         if not hasattr(self, 'loss_cls'):
             self.loss_cls = None  # BaseDenseHead reads it when predicting; SSDHead has none (mmdet #11063)
         self._dropped: list[tuple[dict[str, Any] | None, int]] = []  # image and how many candidates, of this batch
+        if getattr(getattr(self, 'bbox_coder', None), 'encode_size', 4) == 5:
+            self.box_dim = 5  # rotated
+        elif plain_of(type(self)).__module__.startswith('mmdet.'):  # others may make rotated boxes of anything
+            self.box_dim = 4
         self.look_for_rule(('nms',), 'model.test_cfg')
         if self._rule is not None and self._nms_cfg is not None:
             _warn_of_inherited_threshold(self._rule, self._nms_cfg)
@@ -90,7 +95,11 @@ class SoftNMSDenseMixin(TakesRules):
             return results
         found, keep = self._suppress(results, rule, cfg, img_meta)
         results = results[keep]
-        results.bboxes, results.scores = found.bboxes, found.scores
+        if isinstance(results.bboxes, BaseBoxes):  # some heads of mmrotate go on with their own kind of boxes
+            results.bboxes = type(results.bboxes)(found.bboxes, clone=False)
+        else:
+            results.bboxes = found.bboxes
+        results.scores = found.scores
         return results
 
     def _bbox_mask_post_process(

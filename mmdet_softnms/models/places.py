@@ -97,7 +97,9 @@ def _check_rule(path: tuple[str, ...], nms: Mapping[str, Any], parents: tuple[An
     else:
         remedy = _REMEDIES.get(path[-2], "write type='nms'")
         raise ValueError(f"{kind} cannot stand here, where mmdet takes mmcv's functions only: {remedy}; {_BELONGS}")
-    head, heads = detector.get(part), _KINDS[part]
+    heads = _KINDS[part]
+    refining = detector.get('bbox_head_refine') if part == 'bbox_head' else None
+    head = refining[-1] if refining else detector.get(part)  # mmrotate's R3Det and S2A-Net: the last one suppresses
     if head is None:
         raise ValueError(f'{kind} cannot stand here, since the model has no {part}; {_BELONGS}')
     cls = class_of(head, scope)
@@ -106,9 +108,8 @@ def _check_rule(path: tuple[str, ...], nms: Mapping[str, Any], parents: tuple[An
             raise ValueError(f'{kind} cannot stand here: {reason}')
         written = ', '.join(f'{name}={value!r}' for name, value in heads.how_to_write(cls).items())
         what = 'RoI' if part == 'roi_head' else 'dense'
-        raise ValueError(
-            f'{kind} needs a {what} head that takes rules, not {cls.__name__}: write {part}=dict({written})'
-        )
+        write = f'dict({written}, ...) as the last of bbox_head_refine' if refining else f'{part}=dict({written})'
+        raise ValueError(f'{kind} needs a {what} head that takes rules, not {cls.__name__}: write {write}')
     build_rule(nms)
 
 

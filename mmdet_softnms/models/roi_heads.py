@@ -13,6 +13,7 @@ import mmdet.registry
 from mmdet.models import roi_heads as mmdets
 from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, DoubleHeadRoIHead, StandardRoIHead, TridentRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.structures.bbox import get_box_type
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class SoftNMSMixin(TakesRules):
     """Put before an mmdet RoI head in the bases: ``class MyRoIHead(SoftNMSMixin, StandardRoIHead)``.
 
     The head must follow mmdet's contract: ``predict_bbox(..., rcnn_test_cfg=None)`` returns every RoI's boxes (R, 4K)
-    or (R, 4) and scores (R, K+1).
+    or (R, 4) and scores (R, K+1). Where boxes are rotated, as in mmrotate, they are (R, 5K) or (R, 5).
 
     Candidates whose box or score is not finite are dropped; the head warns of the first ones.
 
@@ -47,6 +48,8 @@ class SoftNMSMixin(TakesRules):
             check_arguments(type(self), set(kwargs))
         super().__init__(*args, **kwargs)
         _refuse_foreign_bbox_heads(type(self), self.bbox_head)
+        last: Any = self.bbox_head[-1] if isinstance(self.bbox_head, nn.ModuleList) else self.bbox_head
+        self.box_dim = get_box_type(last.predict_box_type)[1].box_dim
         self.look_for_rule(('score_thr', 'max_per_img', 'nms'), 'model.test_cfg.rcnn')
 
     def predict_bbox(

@@ -9,20 +9,22 @@ from typing import Any
 from mmengine.config import ConfigDict
 
 from mmdet_softnms.registry import build_rule, is_stock
-from mmdet_softnms.rules import Rule
+from mmdet_softnms.rules import Rule, check_box_dim
 
 
 class TakesRules:
     """A head whose ``test_cfg.nms`` may name a rule; goes before a head of mmdet's in the bases."""
 
     test_cfg: ConfigDict | None
+    box_dim: int | None = None  # how many values a box of this head has, where that is known before the first image
 
     def look_for_rule(self, needed: tuple[str, ...], place: str) -> None:
         """What is wrong with test_cfg is said when the head is built, not at the first image.
 
         Raises:
             TypeError: one of the ``needed`` keys is missing; ``place``: of test_cfg in the config.
-            KeyError, TypeError, ValueError: ``test_cfg.nms`` names no registered rule or does not fit it.
+            KeyError, TypeError, ValueError: ``test_cfg.nms`` names no registered rule or does not fit it, or the rule
+                does not take rotated boxes, which this head predicts, or takes nothing else.
         """
         self._nms_cfg: ConfigDict | None = None
         self._rule: Rule | None = None
@@ -47,7 +49,10 @@ class TakesRules:
         if nms_cfg is None or is_stock(nms_cfg):
             return None
         if self._nms_cfg != nms_cfg:
-            self._rule = build_rule(nms_cfg)
+            rule = build_rule(nms_cfg)
+            if self.box_dim is not None:
+                check_box_dim(rule, self.box_dim)
+            self._rule = rule
             self._nms_cfg = copy.deepcopy(nms_cfg)
         return self._rule
 

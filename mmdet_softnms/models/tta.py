@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 
 from mmdet_softnms.post_process import Instances, suppress_candidates
 from mmdet_softnms.registry import MODELS, build_rule, is_stock
-from mmdet_softnms.rules import NoSuppression
+from mmdet_softnms.rules import NoSuppression, name_of
 
 
 @MODELS.register_module()
@@ -28,7 +28,8 @@ class SoftNMSTTAModel(DetTTAModel):
         **kwargs: of ``DetTTAModel``: ``module`` is the detector.
 
     Raises:
-        ValueError: views would be suppressed softly, too: their scores would decay twice.
+        ValueError: views would be suppressed softly, too: their scores would decay twice; or the rule is of rotated
+            boxes, which mmdet does not turn back.
         KeyError, TypeError: ``tta_cfg.nms`` names no registered rule or does not fit it.
     """
 
@@ -38,6 +39,8 @@ class SoftNMSTTAModel(DetTTAModel):
         if tta_cfg.get('max_per_img', -1) <= 0:  # mmdet takes [:max_per_img], and would lose the last detection
             self.tta_cfg = ConfigDict(tta_cfg, max_per_img=None)
         if self._rule is not None:
+            if getattr(self._rule, 'box_dim', 4) != 4:
+                raise ValueError(f'{name_of(self._rule)} cannot stand in tta_cfg: mmdet turns no rotated boxes back')
             for part in self.module.modules():
                 check_views(getattr(part, 'test_cfg', None))
 

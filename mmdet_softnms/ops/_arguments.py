@@ -31,21 +31,30 @@ def working_type(boxes: Tensor, scores: Tensor) -> torch.dtype:
 
 
 def checked(
-    boxes: Tensor, scores: Tensor, labels: Tensor | None, parameters: Parameters
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, parameters: Parameters, box_dim: int = 4
 ) -> tuple[Tensor, Tensor, Tensor | None, Parameters]:
     """The arguments of :func:`mmdet_softnms.soft_nms` as a path takes them: without gradients, of the working type.
 
-    ``parameters`` as they were given: they are checked and rounded here.
+    ``parameters`` as they were given: they are checked and rounded here. ``box_dim``: of :func:`check_tensors`.
     """
-    check_tensors(boxes, scores, labels)
+    check_tensors(boxes, scores, labels, box_dim)
     dtype = working_type(boxes, scores)
     params = check_parameters(*parameters, dtype=dtype)
     labels = None if labels is None else labels.to(torch.int64)  # torch compares no uint16, uint32 or uint64
     return boxes.detach().to(dtype), scores.detach().to(dtype), labels, params
 
 
-def check_tensors(boxes: Tensor, scores: Tensor, labels: Tensor | None) -> None:
+#: What a box of so many values is called, and what takes it.
+_BOXES = {
+    4: 'axis-aligned boxes (x1, y1, x2, y2) are for soft_nms and the rule mmdet_softnms.SoftNMS',
+    5: 'rotated boxes (x, y, w, h, angle) are for ops.rotated_soft_nms and the rule mmdet_softnms.RotatedSoftNMS',
+}
+
+
+def check_tensors(boxes: Tensor, scores: Tensor, labels: Tensor | None, box_dim: int = 4) -> None:
     """Kind, layout, device, shape and type of the tensors; their values are looked at by the paths.
+
+    ``box_dim``: how many values a box has, 5 where it is rotated.
 
     Raises:
         TypeError, ValueError: as :func:`mmdet_softnms.soft_nms`; the message names the argument.
@@ -58,8 +67,9 @@ def check_tensors(boxes: Tensor, scores: Tensor, labels: Tensor | None) -> None:
         if tensor.device != boxes.device:
             raise ValueError(f'{name} is on {tensor.device} but boxes is on {boxes.device}; move them together')
     # shape[0] here and below: len() of a tensor is Python code of torch's, and slow.
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f'boxes must have shape (N, 4), got {tuple(boxes.shape)}')
+    if boxes.dim() != 2 or boxes.shape[1] != box_dim:
+        others = f'; {_BOXES[boxes.shape[1]]}' if boxes.dim() == 2 and boxes.shape[1] in _BOXES else ''
+        raise ValueError(f'boxes must have shape (N, {box_dim}), got {tuple(boxes.shape)}{others}')
     if scores.dim() != 1:
         raise ValueError(f'scores must have shape (N,), got {tuple(scores.shape)}')
     if scores.shape[0] != boxes.shape[0]:
@@ -179,6 +189,11 @@ def has_safe_area(boxes: Tensor, offset: float) -> Tensor:
 
 
 def box_areas(boxes: Tensor, offset: float) -> Tensor:
-    """(N,) areas of (N, 4) ``xyxy`` boxes; may be negative or positive for inverted ones (they overlap nothing)."""
+    """(N,) areas of (N, 4) ``xyxy`` boxes; may be negative or positive for inverted ones (they overlap nothing).
+
+    Of (N, 5) rotated boxes: width times height; ``offset`` is 0.
+    """
+    if boxes.shape[1] == 5:
+        return boxes[:, 2] * boxes[:, 3]
     sides = boxes[:, 2:] - boxes[:, :2] + boxes.new_tensor(offset)
     return sides[:, 0] * sides[:, 1]

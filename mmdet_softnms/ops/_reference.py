@@ -3,6 +3,8 @@
 One selection a turn over all boxes, nothing clever. Any device, float32 and float64.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,12 @@ def reference(
 
 
 def select(
-    boxes: Tensor, scores: Tensor, labels: Tensor | None, params: Parameters, quality: Tensor | None = None
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    params: Parameters,
+    quality: Tensor | None = None,
+    overlaps: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select by the definition in :func:`mmdet_softnms.soft_nms`.
 
@@ -41,6 +48,7 @@ def select(
         boxes (Tensor[N, 4]), scores (Tensor[N]): of one dtype, float32 or float64. labels: (Tensor[N]) or None.
         quality (Tensor[N], optional): in [0, 1], of the same dtype. Boxes are ordered by current score times quality,
             and that is the score returned; ``min_score`` is compared with the current score.
+        overlaps: the IoUs of (1, D) boxes with (N, D) ones, (1, N), where boxes are not ``xyxy``.
 
     Returns:
         keep (Tensor[M], int64) and scores (Tensor[M]), in selection order.
@@ -75,7 +83,7 @@ def select(
         kept_scores.append(top)
         alive[chosen] = False
 
-        iou = _iou_with(boxes, areas, chosen, offset)
+        iou = _iou_with(boxes, areas, chosen, offset) if overlaps is None else overlaps(boxes[chosen, None], boxes)[0]
         decays = alive if labels is None else alive & (labels == labels[chosen])
         if params.decay == 'strongest':
             closest = iou = torch.where(decays, torch.maximum(closest, iou), closest)

@@ -22,9 +22,10 @@ from mmengine.structures import BaseDataElement
 
 from mmdet_softnms.files import ReevaluationError, first_line, sha256
 from mmdet_softnms.locate import local_checkpoint
+from mmdet_softnms.models.takes_rules import TakesRules
 from mmdet_softnms.reevaluation.candidates.identity import LIBRARIES, Code, code_of, digest, model_state
 from mmdet_softnms.reevaluation.candidates.images import ImageReader, image_paths, parts_of, transforms_of
-from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.reevaluation.candidates.plug import ROTATED, plug
 
 #: Keys of a config that the forward pass does not read, and why.
 _IRRELEVANT = {
@@ -129,7 +130,7 @@ def build_model(plugged: Config) -> torch.nn.Module:
     """The model of a plugged config without its weights.
 
     Raises:
-        ReevaluationError: it cannot be built.
+        ReevaluationError: it cannot be built, or predicts rotated boxes.
     """
     init_default_scope(plugged.get('default_scope') or 'mmdet')
     model = copy.deepcopy(plugged.model)
@@ -137,9 +138,12 @@ def build_model(plugged: Config) -> torch.nn.Module:
     if plugged.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', plugged.data_preprocessor)
     try:
-        return MODELS.build(model)
+        built: torch.nn.Module = MODELS.build(model)
     except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
+    if any(getattr(part, 'box_dim', None) == 5 for part in built.modules() if isinstance(part, TakesRules)):
+        raise ReevaluationError(ROTATED)
+    return built
 
 
 def drop_weight_initialisation(model: ConfigDict) -> None:

@@ -40,6 +40,7 @@ from mmdet_softnms.reevaluation.candidates.fingerprint import (
 from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.plug import (
+    ROTATED,
     check_classes,
     family_of,
     most_candidates,
@@ -105,6 +106,8 @@ class CandidateCollector(BaseMetric):
                 scores=instances['scores'].detach().cpu().float(),
                 labels=instances['labels'].detach().cpu(),
             )
+            if candidates.bboxes.shape[1] != 4:  # of a head whose boxes are not known before it predicts
+                raise ReevaluationError(ROTATED)
             if 'class_scores' in instances:
                 candidates.class_scores = instances['class_scores'].detach().cpu().float()
             if 'views' in instances:

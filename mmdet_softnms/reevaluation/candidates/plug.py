@@ -22,6 +22,12 @@ from mmdet_softnms.models.takes_rules import TakesRules, plain_of
 from mmdet_softnms.reevaluation.candidates.views import wrapped
 from mmdet_softnms.registry import default_scope_of, resolve
 
+#: What is said of mmrotate's detectors.
+ROTATED = (
+    'rotated boxes cannot be re-evaluated: the store and the metrics here are of axis-aligned boxes; run rules live, '
+    "as nms=dict(type='mmdet_softnms.RotatedSoftNMS'), with mmrotate's own metric"
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -207,6 +213,8 @@ def family_of(cfg: Config) -> Family:
     for family in (ROI_HEADS, DENSE_HEADS):
         if isinstance(model.get(family.part), dict):
             return family
+    if model.get('bbox_head_refine'):  # mmrotate's R3Det and S2A-Net
+        raise ReevaluationError(ROTATED)
     kind = model.get('type')
     if isinstance(model.get(DETECTRON2.part), dict) and kind is not None:
         try:

@@ -1,0 +1,20 @@
+"""Rules in mmrotate's heads, tested in a process of their own (``mmrotate_cases.py``), for torchvision's sake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import mmrotate_for_tests
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_in_a_process_of_its_own():
+    if reason := mmrotate_for_tests.missing():
+        pytest.skip(reason)
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/mmrotate_cases.py']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert ' passed' in done.stdout and 'skipped' not in done.stdout
