@@ -20,8 +20,9 @@ def script():
     return module
 
 
-def test_measured_as_the_sweep_of_all_rules(script):
-    candidates, truth = drawn_test_set(num_images=12)
+def test_measured_as_the_sweep_of_all_rules(script, monkeypatch):
+    monkeypatch.setattr(script, 'FAMILIES', {'two': ('VotedNMS.rule.sigma=0.5', 'VotedNMS.tolerance=0.0125,0.05')})
+    candidates, truth = drawn_test_set(num_images=8)
     settings = script.settings_of(('all-rules',), CFG)
     expected = evaluate_all(candidates, settings, truth)
     found = script.measure(candidates, truth, CFG)
