@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/rules.md: every rule on every detector that is here.
+"""The tables and the figure of docs/rules.md: every rule on the detectors that are here.
 
     python docs/rules_table.py measure NAME TITLE CONFIG CHECKPOINT --work-dir DIR    # one detector, into rules.json
     python docs/rules_table.py write                                                  # docs/rules.md and the figure
