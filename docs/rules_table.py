@@ -262,7 +262,9 @@ def details(content: dict[str, Any]) -> list[str]:
         for row in one['rows']:
             values = [(row['metrics'][name], best[name]) for name in metrics]
             shown = [f'{100 * value:.2f}' if value >= 0 else '–' for value, _ in values]
-            shown = [f'**{text}**' if value == top else text for text, (value, top) in zip(shown, values, strict=True)]
+            shown = [
+                f'**{text}**' if value == top >= 0 else text for text, (value, top) in zip(shown, values, strict=True)
+            ]
             name = label(row['rule'], row['params'])
             cells.append([name, *shown, f'{row["ms"]:g}', '' if name == 'gaussian 0.5' else _interval(row['gain'])])
         lines += [
