@@ -36,7 +36,7 @@ def test_settings_follow_from_the_options(cfg, checkpoint):
 
 def test_a_choice_brings_a_grid_to_choose_from(cfg, checkpoint):
     request = Request(cfg, checkpoint, select='AP', min_score=0.01)
-    assert len(request.settings) == 23 and request.sweep
+    assert len(request.settings) == 22 and request.sweep
     soft = [setting.rule for setting in request.settings if type(setting.rule) is SoftNMS]
     assert {rule.params['min_score'] for rule in soft} == {0.01}
 
