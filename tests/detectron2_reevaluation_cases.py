@@ -261,8 +261,8 @@ class OwnWrapper(Detectron2Wrapper):
 def test_what_is_refused(project, tmp_path):
     cfg, checkpoint = made(project, 'mask', tmp_path)
     for change, words in [
-        (dict(roi_heads=dict(SMALL['roi_heads'], name='RROIHeads')), 'RROIHeads is none of StandardROIHeads'),
-        (dict(meta_architecture='SemanticSegmentor'), 'SemanticSegmentor is none of GeneralizedRCNN'),
+        (dict(roi_heads=dict(SMALL['roi_heads'], name='RROIHeads')), 'RROIHeads is not one of StandardROIHeads'),
+        (dict(meta_architecture='SemanticSegmentor'), 'SemanticSegmentor is not one of GeneralizedRCNN'),
         (dict(roi_heads=dict(nms_tresh_test=0.5)), 'NMS_TRESH_TEST'),
         (dict(proposal_generator=dict(name='RRPN')), 'RRPN is not RPN'),
         (detector_of('retinanet'), 'suppresses boxes before they are clipped'),
@@ -273,7 +273,7 @@ def test_what_is_refused(project, tmp_path):
     with pytest.raises(ReevaluationError, match="use mmdet's Detectron2Wrapper"):
         plug(Config(dict(model=dict(type=OwnWrapper, detector={}))), 0.0)
     with pytest.raises(ReevaluationError, match='several views'):
-        plug(Config(dict(model=cfg.model, views=True)), 0.0)
+        plug(Config(dict(model=cfg.model, softnms_views=True)), 0.0)
     assert family_of(cfg) is DETECTRON2
     assert 'not to be had in Detectron2' in Setting(MmcvNMS('nms', iou_threshold=0.5), 0.05, 100).snippet(
         DETECTRON2.written(cfg)

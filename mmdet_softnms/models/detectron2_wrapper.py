@@ -51,9 +51,9 @@ def read_detector(detector: Mapping[str, Any]) -> Any:
     if model.META_ARCHITECTURE in (*_RETINANET, *_RETINANET.values()):
         return cfg
     if model.META_ARCHITECTURE != 'GeneralizedRCNN':
-        raise ValueError(f'META_ARCHITECTURE {model.META_ARCHITECTURE} is none of GeneralizedRCNN and RetinaNet')
+        raise ValueError(f'META_ARCHITECTURE {model.META_ARCHITECTURE} is not one of GeneralizedRCNN and RetinaNet')
     if model.ROI_HEADS.NAME not in (*HEADS, *HEADS.values()):
-        raise ValueError(f'ROI_HEADS.NAME {model.ROI_HEADS.NAME} is none of {", ".join(HEADS)}')
+        raise ValueError(f'ROI_HEADS.NAME {model.ROI_HEADS.NAME} is not one of {", ".join(HEADS)}')
     if model.PROPOSAL_GENERATOR.NAME != 'RPN':
         raise ValueError(f'PROPOSAL_GENERATOR.NAME {model.PROPOSAL_GENERATOR.NAME} is not RPN')
     return cfg
