@@ -381,9 +381,8 @@ def _refuse_values_that_are_not_finite(model: Any) -> None:
                 raise not_finite(batch[number].metainfo if number < len(batch) else {})
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    heads: list[Any] = [
-        getattr(model, name, None) for name in ('rpn_head', 'bbox_head')
-    ]  # a RoI head's is not the model's
+    # A RoI head's bbox_head is not the model's.
+    heads: list[Any] = [getattr(model, name, None) for name in ('rpn_head', 'bbox_head')]
     if isinstance(model, SoftNMSDetectron2Wrapper):  # where RoIs are dropped, too
         heads = list(model.layers_before_suppression())
     for head in heads:
