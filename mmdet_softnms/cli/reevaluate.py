@@ -1,4 +1,4 @@
-"""One forward pass, every answer: re-evaluate a two-stage detector's checkpoint under other suppressions.
+"""One forward pass, every answer: re-evaluate a detector's checkpoint under other suppressions.
 
     python tools/reevaluate.py CONFIG CHECKPOINT [--work-dir DIR] [--cfg-options KEY=VALUE ...] [--launcher ...]
     python tools/reevaluate.py CONFIG CHECKPOINT --sweep SoftNMS.sigma=0.1:1.0:0.1 SoftNMS.iou_threshold=0.1:0.7:0.1
@@ -6,8 +6,8 @@
 
 Prints a table and writes DIR/reevaluation.json, report.html and report.md. The network's raw candidates are stored in
 DIR/candidates as they come: a run that was interrupted is taken up, and the next question needs no forward pass.
-CONFIG is any mmdet config of a detector with a standard, cascade or double-head RoI head, or an R-FCN; nothing in it
-has to be changed.
+CONFIG is any mmdet config of a detector that suppresses: nearly all with RoI heads or dense heads, R-FCN, Detectron2's
+two-stage detectors in mmdet's wrapper. Nothing in it has to be changed.
 """
 
 import argparse

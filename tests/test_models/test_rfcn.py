@@ -203,7 +203,7 @@ def test_mixed_precision(pooling):
         assert bool(torch.isfinite(parameter.grad).all()) and bool(parameter.grad.any()), name
 
 
-@pytest.mark.parametrize('schedule', ['fpn', 'fpn96_short'])
+@pytest.mark.parametrize('schedule', ['fpn', 'fpn96'])
 def test_the_deformable_holdout_config_is_the_other_with_deformable_pooling_and_trains(schedule):
     register_all_modules()
     plain, deformable = (
