@@ -1,4 +1,4 @@
-"""R-FCN on the MobileNetV2 and the FPN of a trained Faster R-CNN: 3,750 iterations of 4 images, for an hour or two of one CPU core.
+"""R-FCN on the MobileNetV2 and the FPN of a trained Faster R-CNN: 3,750 iterations of 4 images, in two CPU hours.
 
 As ``rfcn_mobilenetv2_fpn_voc07-holdout.py``, but with the 96 channels of that Faster R-CNN's FPN, its backbone frozen,
 short side 256 and 64 proposals an image in training. README.md says how its weights get in.
