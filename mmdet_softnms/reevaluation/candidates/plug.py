@@ -256,8 +256,8 @@ def box_dim_of(cfg: Config) -> int:
         coder = resolve(written['bbox_coder']['type'], mmdet.registry.TASK_UTILS, default_scope_of(cfg)).cls
     except (KeyError, TypeError):  # none in the config: that of the head
         coder = None
-    # Heads of mmrotate whose coder does not tell have an angle of their own (FCOS, RTMDet); one whose boxes are of
-    # yet another kind (RepPoints) is refused with its first image.
+    # Heads of mmrotate whose coder does not tell have an angle of their own (FCOS, RTMDet, RepPoints). A head whose
+    # boxes turn out to be of another kind is refused with its first image.
     of_mmrotate = any(one.__module__.startswith('mmrotate.') for one in head.__mro__)
     return 5 if of_mmrotate or getattr(coder, 'encode_size', 4) == 5 else 4
 

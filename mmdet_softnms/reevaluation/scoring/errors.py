@@ -51,8 +51,8 @@ def errors(results: Sequence[InstanceData], objects: Objects) -> dict[str, Any]:
     image, score, label, boxes, found = (values[order] for values in (image, score, label, boxes, found))
     num_images, num_classes = objects.counts.shape
     label_of = np.repeat(np.tile(np.arange(num_classes), num_images), np.diff(objects.starts))
-    starts = objects.starts[:-1:num_classes]
-    begins, ends = starts[image], np.append(starts[1:], objects.starts[-1])[image]
+    starts = objects.starts[::num_classes]
+    begins, ends = starts[image], starts[image + 1]
     ious, firsts = overlaps(boxes, objects, begins, ends)
     kind, target = _kinds(ious, firsts, begins, ends, label, found, objects.crowd, label_of)
     true = kind < 0

@@ -54,7 +54,7 @@ class Objects:
             [image_of[one['image_id']] * num_classes + label_of[one['category_id']] for one in annotations], np.int64
         )
         order = np.lexsort((np.arange(len(annotations)), crowd, cells))
-        boxes = np.array([one['bbox'] for one in annotations], np.float64).reshape(len(annotations), -1)
+        boxes = np.array([one['bbox'] for one in annotations], np.float64).reshape(-1, truth.box_dim)
         starts = np.searchsorted(cells[order], np.arange(num_images * num_classes + 1))
         counts = np.bincount(cells[~crowd], minlength=num_images * num_classes).reshape(num_images, num_classes)
         ranks = np.argsort(np.argsort(truth.image_ids))
