@@ -149,7 +149,7 @@ def _add_configured(
         configured.data_samples(infos, candidates.shapes, truth.box_dim) if others else [],
         listener.bar('configured evaluators'),
     )
-    truth.notes += configured.notes(others, truth.voc is not None)
+    truth.notes += configured.notes(others, truth.voc is not None, truth.box_dim)
 
 
 def _result(

@@ -289,7 +289,7 @@ def plug(cfg: Config, score_floor: float) -> Config:
     except ValueError as error:
         raise ReevaluationError(str(error)) from error
     cfg = copy.deepcopy(cfg)
-    if cfg.get('softnms_views') and box_dim_of(cfg) != 4:
+    if box_dim_of(cfg) != 4 and cfg.get('softnms_views'):
         raise ReevaluationError(
             'several views of each image (--tta, --scales) are re-evaluated of axis-aligned boxes only: mmdet turns no '
             'rotated boxes back; leave them out'

@@ -433,9 +433,9 @@ def too_many(num_settings: int, num_images: int, swept: bool) -> str:
     return f'left out of a sweep of {num_settings} settings over {num_images} images; run without --sweep for them'
 
 
-def notes(found: Sequence[Other], voc: bool) -> list[str]:
+def notes(found: Sequence[Other], voc: bool, box_dim: int = 4) -> list[str]:
     """One line about every configured evaluator whose numbers differ from those in our columns."""
-    shown = "AP, AP50 ... AR100 are COCO's for boxes"
+    shown = f"AP, AP50 ... AR100 are COCO's for {'rotated ' if box_dim == 5 else ''}boxes"
     if voc:
         shown += ", VOC07_AP50, VOC07_AP70 and VOC12_AP50 are VOC's"
     lines = []
