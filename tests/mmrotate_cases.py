@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,8 @@ from mmrotate.registry import MODELS
 from mmrotate.utils import register_all_modules
 from torch import nn
 
-from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.models.places import check_places
 from mmdet_softnms.ops import rotated_soft_nms
-from mmdet_softnms.reevaluation.candidates.fingerprint import build_model
-from mmdet_softnms.reevaluation.candidates.plug import plug
 from tests import rotated_walk
 
 register_all_modules()
@@ -36,6 +34,7 @@ ZOO = {
     'ATSS': 'rotated_atss/rotated-atss-le90_r50_fpn_1x_dota',
     'S2A-Net': 's2anet/s2anet-le135_r50_fpn_1x_dota',
 }
+CONFIGS = sorted((Path(__file__).parents[1] / 'configs/rotated').glob('*.py'))
 SIGMA = dict(method='gaussian', sigma=0.5, min_score=1e-3)
 GAUSSIAN = dict(type='mmdet_softnms.RotatedSoftNMS', **SIGMA)
 HARD = dict(type='mmdet_softnms.RotatedSoftNMS', method='hard', min_score=0.0)
@@ -161,10 +160,13 @@ def test_a_detector_that_refines_names_its_last_head():
         check_places(cfg)
 
 
-def test_reevaluation_refuses_rotated_boxes_in_one_sentence():
-    for name in ('Faster R-CNN', 'RetinaNet', 'S2A-Net'):
-        with pytest.raises(ReevaluationError, match='rotated boxes cannot be re-evaluated'):
-            build_model(plug(small_config(name), 0.05))
+def test_our_configs_are_the_zoos_with_a_rule():
+    for path in CONFIGS:
+        cfg = Config.fromfile(path)
+        check_places(cfg)
+        rule = MODELS.build(cfg.model).roi_head._rule
+        assert rule.params['method'] == ('linear' if 'linear' in path.stem else 'gaussian')
+        assert rule.params['min_score'] == cfg.model.test_cfg.rcnn.score_thr == 1e-3
 
 
 def test_every_config_of_the_zoo_takes_rules_or_says_why_not():

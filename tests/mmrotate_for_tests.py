@@ -1,6 +1,4 @@
-"""mmrotate for the tests of its heads: an installed one, or one in a folder beside the packages.
-
-``.venv/bin/pip install --no-deps --target .venv/mmrotate onedl-mmrotate==1.2.1`` puts it there; nothing else does.
+"""mmrotate for the tests of its heads: an installed one, or what ``tools/setup_env.sh`` put beside the packages.
 
 Its models import torchvision, which is that of the tests of Detectron2 where none is installed.
 """
@@ -17,7 +15,7 @@ PLACE = Path(sys.prefix) / 'mmrotate'
 def missing() -> str:
     """Why there is no mmrotate, or nothing."""
     if importlib.util.find_spec('mmrotate') is None and not (PLACE / 'mmrotate').is_dir():
-        return 'no mmrotate: it is not installed, and tests/mmrotate_for_tests.py says how'
+        return 'no mmrotate: it is not installed, and setup_mmrotate of tools/setup_env.sh has not run'
     if importlib.util.find_spec('torchvision') is None and not (detectron2_for_tests.PLACE / 'torchvision').is_dir():
         return 'no mmrotate: its models import torchvision, and setup_detectron2 of tools/setup_env.sh has not run'
     return ''

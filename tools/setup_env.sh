@@ -210,6 +210,17 @@ install_detectron2() (
   ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || stub_cuda "$place"
 )
 
+# setup_mmrotate: mmrotate for tests/test_mmrotate.py, in a folder that no other test looks into; after Detectron2, whose
+# torchvision its models import.
+setup_mmrotate() {
+  step mmrotate '5 s, plus the download' "$(declare -f install_mmrotate)" install_mmrotate
+}
+
+install_mmrotate() {
+  rm -rf "$VENV/mmrotate"
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --target "$VENV/mmrotate" onedl-mmrotate==1.2.1
+}
+
 # stub_cuda FOLDER: the index has torchvision for CUDA only. Beside a torch for the CPU, its CPU operators work once the
 # symbols of the CUDA libraries exist; nothing calls them. Left in FOLDER/stubs, for tests/detectron2_for_tests.py.
 stub_cuda() (

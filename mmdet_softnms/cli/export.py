@@ -117,13 +117,15 @@ def run(args: argparse.Namespace) -> None:
     from mmdet_softnms.export import ExportError, post_process_to_onnx
     from mmdet_softnms.files import write_whole
     from mmdet_softnms.locate import read_config
-    from mmdet_softnms.reevaluation.candidates.plug import DENSE_HEADS, DETECTRON2, family_of
+    from mmdet_softnms.reevaluation.candidates.plug import DENSE_HEADS, DETECTRON2, box_dim_of, family_of
 
     cfg = read_config(args.config, args.cfg_options)
     try:
         family = family_of(cfg)
         if family is DETECTRON2:
             raise ExportError("a model of Detectron2's is not exported here: use its own export")
+        if box_dim_of(cfg) != 4:
+            raise ExportError('rotated boxes are not exported: the graph would take the IoU of axis-aligned ones')
         dense = family is DENSE_HEADS
         head, thresholds = cfg.model[family.part], family.test_cfg(cfg)
         head = head if dense else head.bbox_head

@@ -50,7 +50,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         type=sweep,
         metavar='GRID',
         help='RULE.PARAMETER=VALUES, score_thr=VALUES, max_per_img=VALUES, min_score=VALUES, a YAML file, or a preset '
-        '(recommended, all-rules); VALUES: first:last:step or a list with commas; in a rule of a rule: '
+        '(recommended, rotated, all-rules); VALUES: first:last:step or a list with commas; in a rule of a rule: '
         'VotedNMS.rule.sigma=VALUES',
     )
     parser.add_argument(

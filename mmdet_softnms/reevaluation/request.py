@@ -9,10 +9,16 @@ from mmengine.config import Config
 
 from mmdet_softnms.files import ReevaluationError
 from mmdet_softnms.locate import local_checkpoint
-from mmdet_softnms.reevaluation.candidates.plug import plug
+from mmdet_softnms.reevaluation.candidates.plug import box_dim_of, plug
 from mmdet_softnms.reevaluation.candidates.views import with_views
 from mmdet_softnms.reevaluation.scoring.metrics import CRITERIA
-from mmdet_softnms.reevaluation.scoring.settings import DEFAULT_SWEEP, Setting, default_settings, sweep_settings
+from mmdet_softnms.reevaluation.scoring.settings import (
+    DEFAULT_SWEEP,
+    ROTATED_SWEEP,
+    Setting,
+    default_settings,
+    sweep_settings,
+)
 
 
 def _ignore(*_: Any) -> None:
@@ -101,7 +107,8 @@ class Request:
         if self.tune_on not in ('auto', 'val', 'folds'):
             raise ReevaluationError(f'--tune-on takes auto, val or folds, got {self.tune_on}')
         thresholds = self.score_thr, self.max_per_img, self.min_score, self.class_agnostic
-        sweep = tuple(self.sweep) or (DEFAULT_SWEEP if self.select else ())
+        usual = ROTATED_SWEEP if box_dim_of(self.cfg) == 5 else DEFAULT_SWEEP
+        sweep = tuple(self.sweep) or (usual if self.select else ())
         settings = sweep_settings(sweep, self.cfg, *thresholds) if sweep else default_settings(self.cfg, *thresholds)
         set_(self, 'sweep', sweep)
         set_(self, 'settings', tuple(settings))

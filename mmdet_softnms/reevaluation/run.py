@@ -146,10 +146,10 @@ def _add_configured(
         others,
         rows,
         lambda number: detections(candidates, settings[number]),
-        configured.data_samples(infos, candidates.shapes) if others else [],
+        configured.data_samples(infos, candidates.shapes, truth.box_dim) if others else [],
         listener.bar('configured evaluators'),
     )
-    truth.notes += configured.notes(others, truth.voc is not None)
+    truth.notes += configured.notes(others, truth.voc is not None, truth.box_dim)
 
 
 def _result(

@@ -3,8 +3,9 @@
 import copy
 import os
 import os.path as osp
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mmdet_softnms.locate import local_checkpoint
 from mmdet_softnms.models.takes_rules import TakesRules
 from mmdet_softnms.reevaluation.candidates.identity import LIBRARIES, Code, code_of, digest, model_state
 from mmdet_softnms.reevaluation.candidates.images import ImageReader, image_paths, parts_of, transforms_of
-from mmdet_softnms.reevaluation.candidates.plug import ROTATED, plug
+from mmdet_softnms.reevaluation.candidates.plug import box_dim_of, other_boxes, plug
 
 #: Keys of a config that the forward pass does not read, and why.
 _IRRELEVANT = {
@@ -113,7 +114,7 @@ def fingerprint(cfg: Config, checkpoint: str | Path, dataset: BaseDataset, score
         files=files,
         code=code.files,
         live=digest(code.live, model_state(model)),
-        versions=_versions('detectron2' in code.files),
+        versions=_versions(code.files),
         unknown=sorted(set(unknown)),
         # Candidates of what cannot be compared equal no others.
         number=uuid.uuid4().hex if unknown else '',
@@ -130,9 +131,10 @@ def build_model(plugged: Config) -> torch.nn.Module:
     """The model of a plugged config without its weights.
 
     Raises:
-        ReevaluationError: it cannot be built, or predicts rotated boxes.
+        ReevaluationError: it cannot be built, or its boxes are of another kind than its config says.
     """
     init_default_scope(plugged.get('default_scope') or 'mmdet')
+    wanted = 4 if plugged.get('softnms_views') else box_dim_of(plugged)
     model = copy.deepcopy(plugged.model)
     drop_weight_initialisation(model)
     if plugged.get('data_preprocessor') is not None:
@@ -141,8 +143,9 @@ def build_model(plugged: Config) -> torch.nn.Module:
         built: torch.nn.Module = MODELS.build(model)
     except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ReevaluationError(f'the model of the config cannot be built: {first_line(error)}') from error
-    if any(getattr(part, 'box_dim', None) == 5 for part in built.modules() if isinstance(part, TakesRules)):
-        raise ReevaluationError(ROTATED)
+    for part in built.modules():
+        if isinstance(part, TakesRules) and part.box_dim not in (None, wanted):
+            raise ReevaluationError(other_boxes(part.box_dim, wanted))
     return built
 
 
@@ -345,14 +348,14 @@ def _infos(dataset: BaseDataset, foreign: bool, unknown: list[str]) -> dict[str,
     return {key: digest(values) for key, values in entries.items()}
 
 
-def _versions(with_detectron2: bool) -> dict[str, str]:
-    """Of what does the arithmetic and decodes images."""
+def _versions(code: Collection[str]) -> dict[str, str]:
+    """Of what does the arithmetic and decodes images; ``code``: the packages that take part."""
     versions = {one.__name__: one.__version__ for one in (torch, mmcv, mmdet, mmengine, np)}
-    if with_detectron2:
-        import detectron2
-
-        versions[detectron2.__name__] = detectron2.__version__
-    for name in ('torchvision', 'Pillow', 'opencv-python', 'opencv-python-headless', *['fvcore'] * with_detectron2):
+    for name in ('detectron2', 'mmrotate'):
+        if name in code:
+            versions[name] = sys.modules[name].__version__
+    others = ['fvcore'] if 'detectron2' in code else []
+    for name in ('torchvision', 'Pillow', 'opencv-python', 'opencv-python-headless', *others):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

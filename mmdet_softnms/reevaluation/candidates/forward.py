@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info, init_dist, is_distributed
@@ -40,10 +41,11 @@ from mmdet_softnms.reevaluation.candidates.fingerprint import (
 from mmdet_softnms.reevaluation.candidates.identity import digest
 from mmdet_softnms.reevaluation.candidates.images import ImageReader
 from mmdet_softnms.reevaluation.candidates.plug import (
-    ROTATED,
+    box_dim_of,
     check_classes,
     family_of,
     most_candidates,
+    other_boxes,
     plug,
 )
 from mmdet_softnms.reevaluation.candidates.store import CandidateStore, Expected, ImageCandidates, find_stores
@@ -85,8 +87,9 @@ class CandidateCollector(BaseMetric):
 
     default_prefix = 'candidates'
 
-    def __init__(self, folder: str, shards: list[int]) -> None:
+    def __init__(self, folder: str, shards: list[int], box_dim: int = 4) -> None:
         super().__init__(collect_device='cpu')
+        self._box_dim = box_dim
         self._store = CandidateStore.open(Path(folder))
         self._shards = _own(shards)
         self._images: list[ImageCandidates] = []
@@ -100,14 +103,14 @@ class CandidateCollector(BaseMetric):
                     'their ground truth'
                 )
             instances = sample['pred_instances']
-            # Scores of a half-precision model stay exact in float32.
+            # Scores of a half-precision model stay exact in float32. Heads of mmrotate may give its own kind of boxes.
             candidates = InstanceData(
-                bboxes=instances['bboxes'].detach().cpu().float(),
+                bboxes=get_box_tensor(instances['bboxes']).detach().cpu().float(),
                 scores=instances['scores'].detach().cpu().float(),
                 labels=instances['labels'].detach().cpu(),
             )
-            if candidates.bboxes.shape[1] != 4:  # of a head whose boxes are not known before it predicts
-                raise ReevaluationError(ROTATED)
+            if candidates.bboxes.shape[1] != self._box_dim:  # of a head whose boxes are not known before it predicts
+                raise ReevaluationError(other_boxes(candidates.bboxes.shape[1], self._box_dim))
             if 'class_scores' in instances:
                 candidates.class_scores = instances['class_scores'].detach().cpu().float()
             if 'views' in instances:
@@ -202,9 +205,10 @@ def collect(
             say(line)
         if shards and most:
             each = 'each level of each view' if cfg.get('softnms_views') else 'each level'
+            size = (9 + 4 * box_dim_of(cfg)) * most * len(dataset) / 1e9
             say(
                 f'at most {most:,} candidates an image (nms_pre of {each}), so {len(dataset):,} images take up to '
-                f'{25 * most * len(dataset) / 1e9:.2g} GB; less where scores do not exceed {score_floor:g}'
+                f'{size:.2g} GB; less where scores do not exceed {score_floor:g}'
             )
         plan = [(str(store.folder), shards)]
     broadcast_object_list(plan)
@@ -296,7 +300,7 @@ def _forward(
     """Run the network over the images of some shards and write them."""
     plugged = plug(cfg, score_floor)
     place = dict(folder=str(store.folder), shards=shards)
-    plugged.test_evaluator = dict(type='mmdet_softnms.CandidateCollector', **place)
+    plugged.test_evaluator = dict(type='mmdet_softnms.CandidateCollector', box_dim=box_dim_of(cfg), **place)
     plugged.test_dataloader.sampler = dict(type='mmdet_softnms.ShardSampler', **place)
     for key in ('batch_sampler', 'drop_last'):
         plugged.test_dataloader.pop(key, None)

@@ -24,7 +24,7 @@ from mmdet_softnms.files import sha256
 
 _PINNED = ('torch', 'torchvision', 'numpy', 'cv2', 'PIL', 'numba', 'triton', 'scipy', 'fvcore', 'yacs')  # by version
 _ALWAYS = ('mmcv', 'mmdet', 'mmengine')
-LIBRARIES = (*_ALWAYS, 'detectron2')  # hashed whole, since people edit them; the last one where it takes part
+LIBRARIES = (*_ALWAYS, 'detectron2', 'mmrotate')  # hashed whole, since people edit them; the last two where used
 _OURS = 'mmdet_softnms'
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 

@@ -22,12 +22,6 @@ from mmdet_softnms.models.takes_rules import TakesRules, plain_of
 from mmdet_softnms.reevaluation.candidates.views import wrapped
 from mmdet_softnms.registry import default_scope_of, resolve
 
-#: What is said of mmrotate's detectors.
-ROTATED = (
-    'rotated boxes cannot be re-evaluated: the store and the metrics here are of axis-aligned boxes; run rules live, '
-    "as nms=dict(type='mmdet_softnms.RotatedSoftNMS'), with mmrotate's own metric"
-)
-
 
 @dataclass(frozen=True)
 class Family:
@@ -214,7 +208,11 @@ def family_of(cfg: Config) -> Family:
         if isinstance(model.get(family.part), dict):
             return family
     if model.get('bbox_head_refine'):  # mmrotate's R3Det and S2A-Net
-        raise ReevaluationError(ROTATED)
+        raise ReevaluationError(
+            'a detector that refines (bbox_head_refine) cannot be re-evaluated: its suppression is in the last of a '
+            "list of heads; run rules live, as nms=dict(type='mmdet_softnms.RotatedSoftNMS') in the test_cfg, with "
+            "mmrotate's own metric"
+        )
     kind = model.get('type')
     if isinstance(model.get(DETECTRON2.part), dict) and kind is not None:
         try:
@@ -237,6 +235,42 @@ def family_of_head(kind: Any) -> Family:
     return DENSE_HEADS if issubclass(cls, dense_heads.SoftNMSDenseMixin) else ROI_HEADS
 
 
+def box_dim_of(cfg: Config) -> int:
+    """How many values a box of a config's detector has: 4, or 5 where it is rotated, as mmrotate's are.
+
+    Raises:
+        ReevaluationError: it has another number, or there is no such head.
+    """
+    family = family_of(cfg)
+    if family is DETECTRON2:
+        return 4
+    head, written = family.head(cfg), cfg.model[family.part]
+    if family is ROI_HEADS:
+        last = written.get('bbox_head') or {}
+        last = last[-1] if isinstance(last, (list, tuple)) else last
+        box_dim = {'hbox': 4, 'rbox': 5, 'qbox': 8}.get(last.get('predict_box_type', 'hbox'), 4)
+        if box_dim == 8:
+            raise ReevaluationError(other_boxes(8, 5))
+        return box_dim
+    try:
+        coder = resolve(written['bbox_coder']['type'], mmdet.registry.TASK_UTILS, default_scope_of(cfg)).cls
+    except (KeyError, TypeError):  # none in the config: that of the head
+        coder = None
+    # Heads of mmrotate whose coder does not tell have an angle of their own (FCOS, RTMDet, RepPoints). A head whose
+    # boxes turn out to be of another kind is refused with its first image.
+    of_mmrotate = any(one.__module__.startswith('mmrotate.') for one in head.__mro__)
+    return 5 if of_mmrotate or getattr(coder, 'encode_size', 4) == 5 else 4
+
+
+def other_boxes(found: int, wanted: int) -> str:
+    """What to say of a detector whose boxes have another number of values than those that are re-evaluated."""
+    kinds = {4: 'axis-aligned boxes (x1, y1, x2, y2)', 5: 'rotated boxes (x, y, w, h, angle)'}
+    return (
+        f'the detector predicts {kinds.get(found, f"boxes of {found} values")}, and re-evaluation takes it for one of '
+        f'{kinds[wanted]}: stored candidates and metrics would not be its own; run rules live, with its own metric'
+    )
+
+
 def plug(cfg: Config, score_floor: float) -> Config:
     """A copy of a config whose model returns every candidate with ``score > score_floor`` and suppresses nothing.
 
@@ -255,6 +289,11 @@ def plug(cfg: Config, score_floor: float) -> Config:
     except ValueError as error:
         raise ReevaluationError(str(error)) from error
     cfg = copy.deepcopy(cfg)
+    if box_dim_of(cfg) != 4 and cfg.get('softnms_views'):
+        raise ReevaluationError(
+            'several views of each image (--tta, --scales) are re-evaluated of axis-aligned boxes only: mmdet turns no '
+            'rotated boxes back; leave them out'
+        )
     if family is DETECTRON2:
         if cfg.get('softnms_views'):
             raise ReevaluationError(

@@ -8,8 +8,9 @@ A store is a folder::
     ...
 
 Columns of a shard: ``img_id`` (int64 or string), ``height`` and ``width`` (int32, pixels of the original image), and
-lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image),
-``score`` (float32) and ``label`` (int32). Where mmdet compares another number than the score with ``score_thr`` (the
+lists with one entry a candidate: ``x1``, ``y1``, ``x2``, ``y2`` (float32, pixels of the original image), or ``cx``,
+``cy``, ``w``, ``h``, ``angle`` (float32, pixels and radians) where boxes are rotated, ``score`` (float32) and ``label``
+(int32). Where mmdet compares another number than the score with ``score_thr`` (the
 class score of a dense head, before a factor is multiplied in), there is ``class_score`` (float32), and ``class_score >
 score_thr`` holds for exactly the candidates that a live model with that ``score_thr`` has. Where images have several
 views, there is ``view`` (int32), its number. Values are the float32 the network gave, bit for bit; half precision would
@@ -39,7 +40,8 @@ from mmengine.structures import InstanceData
 from mmdet_softnms.files import ReevaluationError, write_whole
 
 FORMAT = 'mmdet_softnms candidates 1'
-_FLOATS = ('x1', 'y1', 'x2', 'y2', 'score')
+#: Columns of a box, by how many values it has.
+_BOXES = {4: ('x1', 'y1', 'x2', 'y2'), 5: ('cx', 'cy', 'w', 'h', 'angle')}
 #: Columns that not every store has, by their names here.
 _EXTRAS = {'class_scores': ('class_score', np.float32), 'views': ('view', np.int32)}
 _LARGEST_MANIFEST = 1 << 24  # bytes
@@ -55,8 +57,8 @@ class ImageCandidates:
 
     img_id: Any
     ori_shape: tuple[int, int]  # height, width in pixels
-    #: bboxes (N, 4) float32 xyxy, scores (N,) float32, labels (N,) int64, and perhaps class_scores (N,) float32 and
-    #: views (N,) int64; on the CPU
+    #: bboxes (N, 4) float32 xyxy, or (N, 5) rotated, scores (N,) float32, labels (N,) int64, and perhaps class_scores
+    #: (N,) float32 and views (N,) int64; on the CPU
     candidates: InstanceData
 
 
@@ -67,7 +69,7 @@ class Candidates(Sequence[ImageCandidates]):
     img_ids: list[Any]
     shapes: np.ndarray  # (I, 2) int32: height, width
     offsets: np.ndarray  # (I + 1,) int64
-    bboxes: np.ndarray  # (N, 4) float32
+    bboxes: np.ndarray  # (N, 4) float32, or (N, 5) rotated
     scores: np.ndarray  # (N,) float32
     labels: np.ndarray  # (N,) int64
     extras: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) each: class_scores float32, views int64
@@ -321,17 +323,18 @@ class CandidateStore:
 
     def load(self) -> Candidates:
         """Read everything into flat arrays."""
-        lengths, img_ids, shapes, extras = [], [], [], set(_EXTRAS)
+        lengths, img_ids, shapes, extras, box_dim = [], [], [], set(_EXTRAS), 4
         for part in self:  # once to know how many there are: arrays are laid out once, and filled shard by shard
             lengths.append(np.diff(part.offsets))
             img_ids += part.img_ids
             shapes.append(part.shapes)
             extras &= set(part.extras)
+            box_dim = part.bboxes.shape[1]
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         kinds: dict[str, Any] = dict(bboxes=np.float32, scores=np.float32, labels=np.int64)
         kinds |= {name: np.float32 if name == 'class_scores' else np.int64 for name in _EXTRAS if name in extras}
         flat = {
-            name: _lay_out((int(offsets[-1]), 4) if name == 'bboxes' else (int(offsets[-1]),), kind, int(offsets[-1]))
+            name: _lay_out((int(offsets[-1]), *[box_dim] * (name == 'bboxes')), kind, int(offsets[-1]))
             for name, kind in kinds.items()
         }
         start = 0
@@ -384,7 +387,8 @@ def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memor
     columns: dict[str, Any] = dict(
         img_id=pa.array(flat.img_ids), height=pa.array(flat.shapes[:, 0]), width=pa.array(flat.shapes[:, 1])
     )
-    for position, name in enumerate(_FLOATS[:4]):
+    floats = (*_BOXES[flat.bboxes.shape[1]], 'score', 'class_score')
+    for position, name in enumerate(_BOXES[flat.bboxes.shape[1]]):
         columns[name] = lists(flat.bboxes[:, position])
     columns['score'] = lists(flat.scores)
     columns['label'] = lists(flat.labels.astype(np.int32))
@@ -400,7 +404,7 @@ def _encode(images: Sequence[ImageCandidates], shard: int, mark: bytes) -> memor
         compression='zstd',
         compression_level=3,
         use_dictionary=[f'{name}.list.element' for name in ('label', 'view') if name in columns],
-        use_byte_stream_split=[f'{name}.list.element' for name in (*_FLOATS, 'class_score') if name in columns],
+        use_byte_stream_split=[f'{name}.list.element' for name in floats if name in columns],
         write_statistics=False,
         write_page_checksum=True,
     )
@@ -418,7 +422,8 @@ def _decode(content: bytes, num_images: int) -> Candidates:
     if metadata.num_rows != num_images:
         raise ValueError(f'it has {metadata.num_rows} rows for {num_images} images')
     schema, ids = file.schema_arrow, (pa.int64(), pa.string())
-    kinds = dict.fromkeys(_FLOATS, pa.float32()) | dict(label=pa.int32())
+    box = _BOXES[5 if 'angle' in schema.names else 4]
+    kinds = dict.fromkeys((*box, 'score'), pa.float32()) | dict(label=pa.int32())
     extras = {key: name for key, (name, _) in _EXTRAS.items() if name in schema.names}
     kinds |= {name: pa.float32() if key == 'class_scores' else pa.int32() for key, name in extras.items()}
     if schema.names != ['img_id', 'height', 'width', *kinds] or schema.field('img_id').type not in ids:
@@ -447,7 +452,7 @@ def _decode(content: bytes, num_images: int) -> Candidates:
         table['img_id'].to_pylist(),
         np.stack([table['height'].to_numpy(), table['width'].to_numpy()], 1),
         offsets - offsets[0],
-        np.stack([lists[name].flatten().to_numpy() for name in _FLOATS[:4]], 1),
+        np.stack([lists[name].flatten().to_numpy() for name in box], 1),
         lists['score'].flatten().to_numpy(),
         lists['label'].flatten().to_numpy().astype(np.int64),
         {

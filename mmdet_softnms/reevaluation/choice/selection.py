@@ -36,7 +36,7 @@ from mmdet_softnms.reevaluation.request import Listener, Request, check_choice
 from mmdet_softnms.reevaluation.result import Reevaluation, no_candidates
 from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects
 from mmdet_softnms.reevaluation.scoring.metrics import read_ground_truth
-from mmdet_softnms.reevaluation.scoring.settings import Setting, baseline_of
+from mmdet_softnms.reevaluation.scoring.settings import Setting, baseline_in_words, baseline_of
 from mmdet_softnms.reevaluation.scoring.sweep import match_all
 
 
@@ -211,7 +211,8 @@ def _in_threads(
 def _baseline_number(setting: Setting, settings: Sequence[Setting]) -> int:
     baseline = baseline_of(setting, settings)
     if baseline is None:
-        raise ReevaluationError(f'there is no hard NMS at IoU 0.5 with score_thr, max_per_img of {setting.group[:2]}')
+        words = baseline_in_words(settings)
+        raise ReevaluationError(f'there is no {words} with score_thr, max_per_img of {setting.group[:2]}')
     return next(number for number, other in enumerate(settings) if other is baseline)
 
 

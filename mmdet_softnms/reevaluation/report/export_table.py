@@ -27,11 +27,11 @@ from mmdet_softnms.reevaluation.report.table import (
 )
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.matching import Matches, Objects, match
+from mmdet_softnms.reevaluation.scoring.settings import baseline_in_words
 from mmdet_softnms.reevaluation.scoring.sweep import Row, detections
 
 FORMATS = ('.csv', '.tex', '.md')
 PER_CLASS = ('AP', 'AP50', 'AP75')
-_REFERENCE = 'In percent, with the difference from hard NMS at IoU 0.5.'
 _MOST_BY_CLASS = 5  # rows of the table; of more, by class only the baseline, the best or chosen one, the config's
 
 
@@ -52,6 +52,10 @@ class Sheet:
     rows: list[list[Any]] = field(default_factory=list)
     sections: set[int] = field(default_factory=set)  # rows with a line above them
     long: bool = False  # may go over several pages
+
+
+def _reference(result: Reevaluation) -> str:
+    return f'In percent, with the difference from {baseline_in_words(result.settings)}.'
 
 
 def check_out(paths: Iterable[str | Path]) -> None:
@@ -130,7 +134,9 @@ def by_rule(result: Reevaluation, selection: Selection | None, title: str, paper
         if selection is not None and name == selection.criterion:
             columns.append(Column(name, 'interval'))
     columns += [] if paper else [Column('suppression_seconds')]
-    caption = f'{title}: {result.dataset}, {result.num_images} images, {same_in_all(result.settings)}. {_REFERENCE}'
+    caption = (
+        f'{title}: {result.dataset}, {result.num_images} images, {same_in_all(result.settings)}. {_reference(result)}'
+    )
     sheet = Sheet(caption, columns)
     for number, row in enumerate(rows):
         baseline = baseline_row(row, rows)
@@ -168,7 +174,7 @@ def by_class(
         columns += [Column(name, 'value'), Column(name, 'difference')]
     caption = f'{title}: {result.dataset}, by class.'
     if paper:
-        caption = f'{caption[:-1]}, {telling_label(best, rows)} ({same_in_all(result.settings)}). {_REFERENCE}'
+        caption = f'{caption[:-1]}, {telling_label(best, rows)} ({same_in_all(result.settings)}). {_reference(result)}'
     sheet = Sheet(caption, columns, long=True)
     for number, found in scores.items():
         row = rows[number]

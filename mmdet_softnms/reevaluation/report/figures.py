@@ -18,7 +18,7 @@ from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.report.table import baseline_row
 from mmdet_softnms.reevaluation.scoring.errors import KINDS
 from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, IOU_THRS, RECALLS
-from mmdet_softnms.reevaluation.scoring.settings import varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import baseline_in_words, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 #: Colours of Okabe and Ito (2008), which people with any kind of colour blindness can tell apart.
@@ -138,7 +138,8 @@ def _draw_curve(
         if row is chosen:
             axes.plot([value], [100 * row.metrics[metric]], ls='', marker='*', ms=15, color=ORANGE, label='chosen')
     if baseline is not None:
-        axes.axhline(100 * baseline.metrics[metric], color=_INK, ls='--', lw=1.2, label='hard NMS, IoU 0.5')
+        label = baseline_in_words([baseline.setting]).replace(' at', ',')
+        axes.axhline(100 * baseline.metrics[metric], color=_INK, ls='--', lw=1.2, label=label)
     axes.set_ylabel(f'{metric} in %')
     axes.grid(color='#808080', alpha=0.3)
     axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -41,7 +41,7 @@ from mmdet_softnms.reevaluation.report.table import (
 )
 from mmdet_softnms.reevaluation.report.verdict import verdict_of
 from mmdet_softnms.reevaluation.result import Reevaluation
-from mmdet_softnms.reevaluation.scoring.settings import paste_block, varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import baseline_in_words, paste_block, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 
 _BEST = 5  # rows of the short table, besides baseline and config
@@ -52,7 +52,7 @@ _GLOSSARY = (
     ('AR1, AR10, AR100', 'recall with at most 1, 10 or 100 detections of each class and image; mean over thresholds.'),
     ('IoU', 'intersection over union of two boxes: 1 where they are the same, 0 where they do not touch.'),
     ('hard NMS', 'removes every box that overlaps a better one of its class by more than a threshold; the baseline is '
-     'hard NMS at IoU 0.5 with the same score_thr and max_per_img.'),
+     '{baseline} with the same score_thr and max_per_img.'),
     ('Soft-NMS', 'lowers the score of such a box instead: linear by 1 - IoU, gaussian by exp(-IoU²/σ).'),
     ('score_thr', 'detections below it are dropped before suppression.'),
     ('max_per_img', 'so many detections are kept of each image.'),
@@ -141,7 +141,7 @@ def write_report(
         picture_remark=remark,
         picture_score_thr=PICTURE_SCORE_THR,
         kinds=KINDS,
-        glossary=_GLOSSARY,
+        glossary=[(term, text.replace('{baseline}', baseline_in_words(result.settings))) for term, text in _GLOSSARY],
         about=_about(result, command, checkpoint),
     )
     paths = [work_dir / 'report.html', work_dir / 'report.md']

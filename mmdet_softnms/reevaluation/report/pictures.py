@@ -63,8 +63,9 @@ class Mark:
     """One box of a drawn side, in pixels of the shown picture."""
 
     kind: str
-    box: tuple[float, float, float, float]  # x, y, width, height, inside the picture
+    box: tuple[float, float, float, float]  # x, y, width, height, inside the picture; before it is turned
     words: str
+    angle: float = 0.0  # degrees, clockwise about the centre of the box
     number: int = 0  # of the tag and of the line of text; 0: neither
     tag: tuple[float, float, float, float] | None = None  # x, y, width, height; inside the picture, over no other tag
 
@@ -173,7 +174,7 @@ def _picture(
     for row in range(begin, end):
         label = int(np.searchsorted(objects.starts, row, side='right') - 1 - image * num_classes)
         words = f'annotated: {classes[label]}' + (', not counted' if objects.crowd[row] else '')
-        truth.append(Mark('object', _inside(objects.boxes[row], scale, shown), words))
+        truth.append(Mark('object', *_drawn(objects.boxes[row], scale, shown, words)))
     sides: list[list[Mark]] = []
     for side, result in enumerate(results):
         # The detections that make this side the better one for an object.
@@ -205,10 +206,12 @@ def _picture(
                 kind, word, remark = 'changed_false', ('removed', 'added')[side], ''
                 counts[word] += 1
                 word += ' false positive'
-            corners = result.bboxes[row].double().numpy()
-            box = _inside(np.concatenate([corners[:2], corners[2:] - corners[:2]]), scale, shown)
+            box = result.bboxes[row].double().numpy()
+            if len(box) == 4:
+                box = np.concatenate([box[:2], box[2:] - box[:2]])
             prefix = word or ('finds an object' if kind == 'found' else 'false positive on both sides')
-            marks.append(Mark(kind, box, f'{prefix}: {what}{remark}', number=-1 if word else 0))
+            drawn = _drawn(box, scale, shown, f'{prefix}: {what}{remark}')
+            marks.append(Mark(kind, *drawn, number=-1 if word else 0))
         order = list(KINDS)
         marks.sort(key=lambda one: order.index(one.kind))
         _number(marks, shown)
@@ -219,6 +222,16 @@ def _picture(
     url = _jpeg(mmcv.imresize(picture, (max(1, round(width * stored)), max(1, round(height * stored)))))
     return Picture(name, num_objects, ap, **counts, width=shown[0], height=shown[1], image=url,
                    before=sides[0], after=sides[1])  # fmt: skip
+
+
+def _drawn(
+    box: np.ndarray, scale: float, shown: tuple[int, int], words: str
+) -> tuple[tuple[float, float, float, float], str, float]:
+    """Box, words and angle of a mark. A rotated box, centre, sides and angle, may reach out of the picture."""
+    if len(box) == 4:
+        return _inside(box, scale, shown), words, 0.0
+    x, y, width, height = (float(value) * scale for value in box[:4])
+    return (x - width / 2, y - height / 2, width, height), words, float(np.degrees(box[4]))
 
 
 def _inside(box: np.ndarray, scale: float, shown: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -238,9 +251,17 @@ def _number(marks: Sequence[Mark], shown: tuple[int, int]) -> None:
     changed = [mark for mark in reversed(marks) if mark.number]
     for number, mark in enumerate(changed, 1):
         mark.number = number
-        mark.tag = _place(mark.box, 6 + 7.0 * len(str(number)), taken, shown)
+        mark.tag = _place(_upright(mark), 6 + 7.0 * len(str(number)), taken, shown)
         if mark.tag:
             taken.append(mark.tag)
+
+
+def _upright(mark: Mark) -> tuple[float, float, float, float]:
+    """The box that holds a mark."""
+    x, y, width, height = mark.box
+    cos, sin = abs(np.cos(np.radians(mark.angle))), abs(np.sin(np.radians(mark.angle)))
+    wide, high = width * cos + height * sin, width * sin + height * cos
+    return x + (width - wide) / 2, y + (height - high) / 2, wide, high
 
 
 def _place(

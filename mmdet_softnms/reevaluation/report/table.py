@@ -15,9 +15,9 @@ from rich.text import Text
 from mmdet_softnms.reevaluation.choice.selection import Selection
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.metrics import AP_NAMES, COCO_STATS, VOC_NAMES
-from mmdet_softnms.reevaluation.scoring.settings import Setting, baseline_of, varied_thresholds
+from mmdet_softnms.reevaluation.scoring.settings import Setting, baseline_in_words, baseline_of, varied_thresholds
 from mmdet_softnms.reevaluation.scoring.sweep import Row
-from mmdet_softnms.rules import SoftNMS
+from mmdet_softnms.rules import RotatedSoftNMS, SoftNMS
 
 #: Columns of the table on the screen, those that matter most first; those no row has are left out.
 COLUMNS = ('AP', 'AP50', 'AP75', 'AR100', 'VOC07_AP50', 'VOC12_AP50')
@@ -102,7 +102,7 @@ def notes(result: Reevaluation) -> list[str]:
         origin = 'all stored before: no forward pass'
     lines = [
         f'{result.num_images} images, {result.num_candidates} candidates ({origin}). In %, with the difference from '
-        'hard NMS at IoU 0.5 with the same score_thr and max_per_img.',
+        f'{baseline_in_words(result.settings)} with the same score_thr and max_per_img.',
         _about_own_row(result.rows),
         *result.notes,
     ]
@@ -260,8 +260,8 @@ def _labels(rows: Sequence[Row], among: Sequence[Row], columns: Sequence[str] = 
     for setting in (row.setting for row in rows):
         own = setting.source == 'config'
         label = setting.label_without({} if own else known).removesuffix(' (config)')
-        if short and type(setting.rule) is SoftNMS:
-            label = label.removeprefix('SoftNMS ')
+        if short and type(setting.rule) in (SoftNMS, RotatedSoftNMS):
+            label = label.removeprefix(f'{setting.name} ')
         words = [
             f'{name}={getattr(setting, name):g}'
             for name in ('score_thr', 'max_per_img')

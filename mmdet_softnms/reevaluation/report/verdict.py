@@ -18,6 +18,7 @@ from mmdet_softnms.reevaluation.report.table import baseline_row, telling_label
 from mmdet_softnms.reevaluation.result import Reevaluation
 from mmdet_softnms.reevaluation.scoring.settings import (
     Setting,
+    baseline_in_words,
     config_of,
     method_of,
     paste_block,
@@ -26,7 +27,7 @@ from mmdet_softnms.reevaluation.scoring.settings import (
 )
 from mmdet_softnms.reevaluation.scoring.sweep import Row
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
-from mmdet_softnms.rules import HardNMS, MmcvNMS, Rule, SoftNMS
+from mmdet_softnms.rules import HardNMS, MmcvNMS, RotatedSoftNMS, Rule, SoftNMS
 
 _WIDTH = 79
 
@@ -94,7 +95,7 @@ def selection_details(selection: Selection, result: Reevaluation, cfg: Config, *
     naive, own = settings[best], len(rows) - 1  # the config's is the last row
     paragraphs = [
         f'Chosen by {selection.criterion} ({selection.tuned_on}), and scored on images it was not chosen on: '
-        f'{100 * worth.value:.2f}, hard NMS at IoU 0.5 {100 * worth.baseline:.2f}, '
+        f'{100 * worth.value:.2f}, {baseline_in_words(result.settings)} {100 * worth.baseline:.2f}, '
         f'difference {_interval(worth.value - worth.baseline, worth.low, worth.high)}. The 95 % interval is that of '
         f'the whole procedure, choice included ({selection.resamples} paired bootstrap resamples of images).'
     ]
@@ -131,7 +132,10 @@ def _interval(value: float, low: float, high: float) -> str:
 
 
 def _is_hard(setting: Setting) -> bool:
-    return setting.rule.nms_type == 'nms' if isinstance(setting.rule, MmcvNMS) else type(setting.rule) is HardNMS
+    rule = setting.rule
+    if isinstance(rule, MmcvNMS):
+        return rule.nms_type in ('nms', 'nms_rotated')
+    return type(rule) is HardNMS or (type(rule) is RotatedSoftNMS and rule.params['method'] == 'hard')
 
 
 def wider_grid(chosen: Setting, settings: Sequence[Setting]) -> tuple[str, str] | None:
@@ -210,7 +214,7 @@ def _fixed(chosen: Setting, table: Sequence[Setting], swept: set[str]) -> list[s
         place, soft = f'{place}rule.', soft.rule
     telling = [name for name in soft.params if name in weights.PARAMETERS]
     telling = [name for name in telling if method_of(name) == soft.params.get('method')]
-    if type(soft) is SoftNMS and any(_written(chosen, place + name) in swept for name in telling):
+    if type(soft) in (SoftNMS, RotatedSoftNMS) and any(_written(chosen, place + name) in swept for name in telling):
         del params[f'{place}method']  # which a swept parameter says by itself
     found = []
     for name, value in params.items():

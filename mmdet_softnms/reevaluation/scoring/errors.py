@@ -26,7 +26,7 @@ import numpy as np
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.ops._compiled import compiled_when_called
-from mmdet_softnms.reevaluation.scoring.matching import Objects, match_flat
+from mmdet_softnms.reevaluation.scoring.matching import Objects, match_flat, overlaps
 from mmdet_softnms.reevaluation.scoring.metrics import RECALLS
 
 #: Kinds of error, in the order of TIDE's figures.
@@ -39,7 +39,7 @@ def errors(results: Sequence[InstanceData], objects: Objects) -> dict[str, Any]:
     """TIDE's errors of one setting over a test set.
 
     Args:
-        results: detections of every image: ``bboxes`` (M, 4) ``xyxy``, ``scores`` (M,), ``labels`` (M,).
+        results: detections of every image: ``bboxes`` (M, 4) ``xyxy`` or (M, 5) rotated, ``scores``, ``labels``.
         objects: of the same images.
 
     Returns:
@@ -51,8 +51,10 @@ def errors(results: Sequence[InstanceData], objects: Objects) -> dict[str, Any]:
     image, score, label, boxes, found = (values[order] for values in (image, score, label, boxes, found))
     num_images, num_classes = objects.counts.shape
     label_of = np.repeat(np.tile(np.arange(num_classes), num_images), np.diff(objects.starts))
-    starts = objects.starts[::num_classes].copy()
-    kind, target = _kinds(image, label, boxes, found, objects.boxes, objects.crowd, label_of, starts)
+    starts = objects.starts[::num_classes]
+    begins, ends = starts[image], starts[image + 1]
+    ious, firsts = overlaps(boxes, objects, begins, ends)
+    kind, target = _kinds(ious, firsts, begins, ends, label, found, objects.crowd, label_of)
     true = kind < 0
     counted = true | (found < 0)  # what a crowd takes is neither true nor false
     missed = np.ones(len(label_of), bool)
@@ -76,30 +78,24 @@ def errors(results: Sequence[InstanceData], objects: Objects) -> dict[str, Any]:
 
 
 @compiled_when_called
-def _kinds(image, label, boxes, found, objects, crowd, label_of, starts):  # type: ignore[no-untyped-def]
+def _kinds(ious, firsts, begins, ends, label, found, crowd, label_of):  # type: ignore[no-untyped-def]
     """Of every detection, best first in each image: its kind, -1 where it is right; the object it is corrected to."""
-    kinds = np.full(len(boxes), -1, np.int8)
-    targets = np.full(len(boxes), -1, np.int64)
-    used = np.zeros(len(objects), np.bool_)
-    for d in range(len(boxes)):
+    kinds = np.full(len(label), -1, np.int8)
+    targets = np.full(len(label), -1, np.int64)
+    used = np.zeros(len(crowd), np.bool_)
+    for d in range(len(label)):
         if found[d] >= 0 and not crowd[found[d]]:
             used[found[d]] = True
-    promised = np.zeros(len(objects), np.bool_)
-    for d in range(len(boxes)):
+    promised = np.zeros(len(crowd), np.bool_)
+    for d in range(len(label)):
         if found[d] >= 0 and not crowd[found[d]]:
             continue
         same, other = 0.0, 0.0  # highest IoU with an object of its class, of another
         same_object, other_object = -1, -1
-        x, y, w, h = boxes[d]
-        for g in range(starts[image[d]], starts[image[d] + 1]):
+        for g in range(begins[d], ends[d]):
             if crowd[g]:
                 continue
-            width = min(x + w, objects[g, 0] + objects[g, 2]) - max(x, objects[g, 0])
-            height = min(y + h, objects[g, 1] + objects[g, 3]) - max(y, objects[g, 1])
-            if width <= 0 or height <= 0:
-                continue
-            inside = width * height
-            iou = inside / (w * h + objects[g, 2] * objects[g, 3] - inside)
+            iou = ious[firsts[d] + g - begins[d]]
             if label_of[g] == label[d] and iou > same:
                 same, same_object = iou, g
             elif label_of[g] != label[d] and iou > other:

@@ -10,12 +10,16 @@ import copy
 import io
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
+from mmdet.structures.bbox import convert_box_type
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.evaluator import BaseMetric, DumpResults
@@ -352,7 +356,7 @@ def add_columns(
 
 
 def _evaluate(evaluator: Any, results: Sequence[InstanceData], samples: Sequence[dict[str, Any]]) -> dict[str, float]:
-    with quiet():
+    with quiet(), _without_processes():
         for sample, result in zip(samples, results, strict=True):
             one = copy.deepcopy(sample)
             one['pred_instances'] = {key: result[key].clone() for key in ('bboxes', 'scores', 'labels')}
@@ -367,19 +371,43 @@ def _evaluate(evaluator: Any, results: Sequence[InstanceData], samples: Sequence
     return numbers
 
 
-def data_samples(infos: Sequence[dict[str, Any]], shapes: np.ndarray) -> list[dict[str, Any]]:
+def annotated(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a data info; mmrotate's data sets without annotations have one without a box."""
+    return [one for one in info.get('instances', []) if len(one.get('bbox', ' '))]
+
+
+def annotated_boxes(instances: Sequence[dict[str, Any]], box_dim: int) -> np.ndarray:
+    """(N, 4) ``xyxy`` boxes as they are annotated, float64; or (N, 5) rotated ones as mmrotate's pipelines make them.
+
+    Raises:
+        ReevaluationError: they are of another kind.
+    """
+    boxes = [one['bbox'] for one in instances]
+    dims = {len(box) for box in boxes} or {box_dim}
+    if box_dim == 4 and dims == {4}:
+        return np.array(boxes, np.float64).reshape(-1, 4)
+    if box_dim == 5 and dims <= {5, 8}:
+        rows = [torch.tensor([box], dtype=torch.float32) for box in boxes]
+        rows = [convert_box_type(row, src_type='qbox', dst_type='rbox') if row.shape[1] == 8 else row for row in rows]
+        return torch.cat([torch.zeros(0, 5), *rows]).double().numpy()
+    kinds = '(x1, y1, x2, y2)' if box_dim == 4 else '(x, y, w, h, angle), or eight for four corners'
+    raise ReevaluationError(
+        f'boxes of the test set are annotated with {max(dims)} values, and the detector predicts {kinds}: give a data '
+        'set with boxes of its kind'
+    )
+
+
+def data_samples(infos: Sequence[dict[str, Any]], shapes: np.ndarray, box_dim: int = 4) -> list[dict[str, Any]]:
     """What mmdet's pipelines and data samples hold of every image, less its detections, in original image scale."""
     samples = []
     for info, (height, width) in zip(infos, shapes.tolist(), strict=True):
-        instances = info.get('instances', [])
+        instances = annotated(info)
         kinds = []
         for ignored in (False, True):
             chosen = [one for one in instances if bool(one.get('ignore_flag', 0)) == ignored]
             kinds.append(
                 dict(
-                    bboxes=torch.tensor(
-                        np.array([one['bbox'] for one in chosen], np.float32).reshape(-1, 4), dtype=torch.float32
-                    ),
+                    bboxes=torch.tensor(annotated_boxes(chosen, box_dim), dtype=torch.float32),
                     labels=torch.tensor([int(one['bbox_label']) for one in chosen], dtype=torch.int64),
                 )
             )
@@ -405,9 +433,9 @@ def too_many(num_settings: int, num_images: int, swept: bool) -> str:
     return f'left out of a sweep of {num_settings} settings over {num_images} images; run without --sweep for them'
 
 
-def notes(found: Sequence[Other], voc: bool) -> list[str]:
+def notes(found: Sequence[Other], voc: bool, box_dim: int = 4) -> list[str]:
     """One line about every configured evaluator whose numbers differ from those in our columns."""
-    shown = "AP, AP50 ... AR100 are COCO's for boxes"
+    shown = f"AP, AP50 ... AR100 are COCO's for {'rotated ' if box_dim == 5 else ''}boxes"
     if voc:
         shown += ", VOC07_AP50, VOC07_AP70 and VOC12_AP50 are VOC's"
     lines = []
@@ -423,6 +451,21 @@ def notes(found: Sequence[Other], voc: bool) -> list[str]:
             where = 'it has none for boxes alone'
         lines.append(f'{shown}, not the numbers of the configured {other.name}; {where}.')
     return lines
+
+
+@contextlib.contextmanager
+def _without_processes() -> Iterator[None]:
+    """Threads in the place of the four processes that mmrotate starts for every number, each importing torch anew."""
+    module: Any = sys.modules.get('mmrotate.evaluation.functional.mean_ap')
+    if module is None:
+        yield
+        return
+    get_context = module.get_context
+    module.get_context = lambda method: SimpleNamespace(Pool=ThreadPool)
+    try:
+        yield
+    finally:
+        module.get_context = get_context
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ AROUND = ('score_thr', 'max_per_img', 'min_score')  # swept by themselves, whate
 
 
 #: A name for several specs. ``recommended``: about 20 settings of soft, strongest and voted rules that do not rescale
-#: scores. ``all-rules``: every rule there is, at the parameters of its paper or of docs/rules.md.
+#: scores. ``all-rules``: every rule of axis-aligned boxes, at the parameters of its paper or of
+#: docs/rules.md. ``rotated``: settings of the rule of rotated boxes.
 PRESETS: dict[str, tuple[str, ...]] = {
     'recommended': (
         'SoftNMS.decay=product,strongest',
@@ -21,6 +22,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
         'VotedNMS.rule.iou_threshold=0.3',
         'VotedNMS.rule.sigma=0.5',
         'VotedNMS.tolerance=0.025,0.05',
+    ),
+    'rotated': (
+        'RotatedSoftNMS.decay=product,strongest',
+        'RotatedSoftNMS.iou_threshold=0.1,0.2,0.3',
+        'RotatedSoftNMS.sigma=0.3,0.5,0.7',
     ),
     'all-rules': (
         'SoftNMS.decay=product,strongest',

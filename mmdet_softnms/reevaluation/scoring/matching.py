@@ -1,5 +1,6 @@
 """Detections of a whole test set matched to its objects as COCO does."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.ops._compiled import compiled_when_called
-from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, MAX_DETS, GroundTruth
+from mmdet_softnms.reevaluation.scoring.metrics import IOU_THRS, MAX_DETS, GroundTruth, rotated_overlaps
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Matches:
 class Objects:
     """Objects of a ground truth by (image, label) cell: rows ``starts[i * K + k]`` to ``starts[i * K + k + 1]``."""
 
-    boxes: np.ndarray  # (G, 4) float64, x1, y1, width, height; crowd last in each cell
+    boxes: np.ndarray  # (G, 4) float64, x1, y1, width, height, or (G, 5) rotated; crowd last in each cell
     crowd: np.ndarray  # (G,) bool
     number: np.ndarray  # (G,) int32, position in truth.coco['annotations']
     starts: np.ndarray  # (I * K + 1,) int64
@@ -53,7 +54,7 @@ class Objects:
             [image_of[one['image_id']] * num_classes + label_of[one['category_id']] for one in annotations], np.int64
         )
         order = np.lexsort((np.arange(len(annotations)), crowd, cells))
-        boxes = np.array([one['bbox'] for one in annotations], np.float64).reshape(-1, 4)
+        boxes = np.array([one['bbox'] for one in annotations], np.float64).reshape(-1, truth.box_dim)
         starts = np.searchsorted(cells[order], np.arange(num_images * num_classes + 1))
         counts = np.bincount(cells[~crowd], minlength=num_images * num_classes).reshape(num_images, num_classes)
         ranks = np.argsort(np.argsort(truth.image_ids))
@@ -79,7 +80,7 @@ def match_flat(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Every detection that COCO counts: image, score, label, box, and the row in ``objects`` it matches at IoU 0.5.
 
-    Rows are -1 where it matches none; boxes (D, 4) float64, x1, y1, width, height.
+    Rows are -1 where it matches none; boxes (D, 4) float64, x1, y1, width, height, or (D, 5) rotated.
     """
     image, score, label, boxes = _flat(results, np.arange(len(results), dtype=np.int32))
     order, found = _match_all(image, score, label, boxes, objects)
@@ -98,9 +99,13 @@ def match_image(result: InstanceData, image: int, objects: Objects) -> np.ndarra
 
 
 def _flat(results: Sequence[InstanceData], images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(D,) position of the image in the data set, (D,) score, (D,) label and (D, 4) box, x1, y1, width, height."""
+    """(D,) position of the image in the data set, (D,) score, (D,) label and (D, 4) box, x1, y1, width, height.
+
+    Rotated boxes, (D, 5), stay as they are.
+    """
     boxes = np.concatenate([result.bboxes.numpy() for result in results]).astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
+    if boxes.shape[1] == 4:
+        boxes[:, 2:] -= boxes[:, :2]
     return (
         np.repeat(images, [len(result) for result in results]),
         np.concatenate([result.scores.numpy() for result in results]).astype(np.float32),
@@ -124,17 +129,64 @@ def _match_all(
     first = np.concatenate([[True], cell[1:] != cell[:-1]]) if len(cell) else np.zeros(0, bool)
     place = np.arange(len(cell)) - np.maximum.accumulate(np.where(first, np.arange(len(cell)), 0))
     order, cell = order[place < MAX_DETS], cell[place < MAX_DETS]
-    return order, _match(boxes[order], cell, objects.boxes, objects.crowd, objects.starts, IOU_THRS)
+    begins, ends = objects.starts[cell], objects.starts[cell + 1]
+    ious, firsts = overlaps(boxes[order], objects, begins, ends)
+    return order, _match(ious, firsts, begins, ends, objects.crowd, IOU_THRS)
+
+
+def overlaps(
+    boxes: np.ndarray, objects: Objects, begins: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """IoUs of detections, each with objects that are neighbours, as COCO computes them.
+
+    Of axis-aligned boxes in float64, with a crowd over the area of the detection; of rotated ones by mmcv, as in
+    mmrotate's metrics.
+
+    Args:
+        boxes: (D, 4) float64, x1, y1, width, height; or (D, 5) rotated.
+        objects: of the ground truth.
+        begins, ends: (D,) the rows of ``objects`` that each is compared with; the same for detections that follow one
+            another, or it takes longer.
+
+    Returns:
+        (N,) float64, and (D,) int64: that of detection ``d`` with object ``g`` is ``firsts[d] + g - begins[d]``.
+    """
+    counts = ends - begins
+    firsts = np.cumsum(counts) - counts
+    if boxes.shape[1] == 4:
+        return _upright_overlaps(boxes, objects.boxes, objects.crowd, begins, ends, firsts), firsts
+    ious = np.zeros(int(counts.sum()))
+    changes = np.flatnonzero(np.append(True, begins[1:] != begins[:-1]) | np.append(True, ends[1:] != ends[:-1]))
+    for first, last in itertools.pairwise([*changes.tolist(), len(boxes)] if len(boxes) else []):
+        if counts[first]:
+            rows = slice(int(firsts[first]), int(firsts[first]) + int(counts[first]) * (last - first))
+            ious[rows] = rotated_overlaps(boxes[first:last], objects.boxes[begins[first] : ends[first]]).reshape(-1)
+    return ious, firsts
 
 
 @compiled_when_called
-def _match(boxes, cells, objects, crowd, starts, thresholds):  # type: ignore[no-untyped-def]
-    """COCOeval.evaluateImg over all cells; detections of one cell are neighbours, best first."""
-    matched = np.full((len(boxes), len(thresholds)), -1, np.int32)
-    taken = np.zeros((len(thresholds), len(objects)), np.bool_)
+def _upright_overlaps(boxes, objects, crowd, begins, ends, firsts):  # type: ignore[no-untyped-def]
+    ious = np.zeros((ends - begins).sum())
     for d in range(len(boxes)):
-        begin, end = starts[cells[d]], starts[cells[d] + 1]
         x, y, w, h = boxes[d]
+        for g in range(begins[d], ends[d]):
+            width = min(x + w, objects[g, 0] + objects[g, 2]) - max(x, objects[g, 0])
+            height = min(y + h, objects[g, 1] + objects[g, 3]) - max(y, objects[g, 1])
+            if width > 0 and height > 0:
+                inside = width * height
+                area = w * h
+                union = area if crowd[g] else area + objects[g, 2] * objects[g, 3] - inside
+                ious[firsts[d] + g - begins[d]] = inside / union
+    return ious
+
+
+@compiled_when_called
+def _match(ious, firsts, begins, ends, crowd, thresholds):  # type: ignore[no-untyped-def]
+    """COCOeval.evaluateImg over all cells; detections of one cell are neighbours, best first."""
+    matched = np.full((len(firsts), len(thresholds)), -1, np.int32)
+    taken = np.zeros((len(thresholds), len(crowd)), np.bool_)
+    for d in range(len(firsts)):
+        begin, end = begins[d], ends[d]
         for t in range(len(thresholds)):
             best = min(thresholds[t], 1 - 1e-10)
             found = -1
@@ -143,14 +195,7 @@ def _match(boxes, cells, objects, crowd, starts, thresholds):  # type: ignore[no
                     continue
                 if found >= 0 and not crowd[found] and crowd[g]:
                     break  # a real object is better than any crowd
-                width = min(x + w, objects[g, 0] + objects[g, 2]) - max(x, objects[g, 0])
-                height = min(y + h, objects[g, 1] + objects[g, 3]) - max(y, objects[g, 1])
-                if width <= 0 or height <= 0:
-                    iou = 0.0
-                else:
-                    inside = width * height
-                    area = w * h
-                    iou = inside / (area if crowd[g] else area + objects[g, 2] * objects[g, 3] - inside)
+                iou = ious[firsts[d] + g - begin]
                 if iou < best:
                     continue
                 best = iou

@@ -5,6 +5,7 @@ mmdet's ``CocoMetric`` and ``VOCMetric`` round to three decimals and name values
 test checks that the two agree to 1e-9.
 """
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,20 @@ from typing import Any
 import faster_coco_eval
 import faster_coco_eval.core.mask as box_api
 import numpy as np
+import torch
+from mmcv.ops import box_iou_rotated
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.structures import InstanceData
 
 from mmdet_softnms.files import ReevaluationError
+from mmdet_softnms.reevaluation.candidates.plug import box_dim_of
 from mmdet_softnms.reevaluation.scoring.evaluators import (
     IOU_THRS,
     MAX_DETS,
     Evaluators,
+    annotated,
+    annotated_boxes,
     build_evaluators,
     class_names,
     leaves_of,
@@ -56,6 +62,7 @@ class GroundTruth:
         voc: per image ``bboxes``, ``labels``, ``bboxes_ignore``, ``labels_ignore``; None where the data set is not
             VOC's.
         notes: what a reader of the numbers has to know.
+        box_dim: how many values a ``bbox`` of ``coco`` has: 4 (x1, y1, width, height), or 5 where boxes are rotated.
         no_class_ignores: the number of ignored objects without a class, before each was counted for every class.
     """
 
@@ -66,6 +73,7 @@ class GroundTruth:
     voc: list[dict[str, np.ndarray]] | None = None
     notes: list[str] = field(default_factory=list)
     no_class_ignores: int = 0
+    box_dim: int = 4
 
 
 @dataclass
@@ -97,10 +105,17 @@ def read_ground_truth(
     from mmdet.datasets import XMLDataset
 
     evaluators = evaluators or build_evaluators(cfg, dataset)
+    box_dim = box_dim_of(cfg)
     infos = [dataset.get_data_info(number) for number in range(len(dataset))]
     classes = class_names(dataset)
     source = annotated_by(evaluators, dataset)
-    truth = _from_apis(classes, infos, source) if source else _from_instances(classes, infos)
+    if source and box_dim != 4:
+        raise ReevaluationError(
+            f'the objects of {type(source[0].metric).__name__} are those of a COCO json, whose boxes are axis-aligned, '
+            'and the detector predicts rotated ones: leave its ann_file out, and give a data set of rotated boxes '
+            "(mmrotate's DOTADataset, say)"
+        )
+    truth = _from_apis(classes, infos, source) if source else _from_instances(classes, infos, box_dim)
     if not truth.coco['annotations']:
         raise ReevaluationError('the test set has no annotated object, so nothing can be evaluated (a test-dev split?)')
     if evaluators.has_voc or any(isinstance(part, XMLDataset) for part in leaves_of(dataset)):
@@ -115,17 +130,20 @@ def _image_ids(img_ids: list[Any]) -> list[int]:
     return [rank[img_id] for img_id in img_ids]
 
 
-def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]]) -> GroundTruth:
+def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]], box_dim: int = 4) -> GroundTruth:
     image_ids = _image_ids([info['img_id'] for info in infos])
     annotations: list[dict[str, Any]] = []
     unknown = no_class_ignores = 0
     for image_id, info in zip(image_ids, infos, strict=True):
-        for instance in info.get('instances', []):
+        instances = annotated(info)
+        for instance in instances:
             if 'bbox' not in instance or 'bbox_label' not in instance:
                 raise ReevaluationError(
                     f'an object of image {info["img_id"]} has no bbox or no bbox_label: boxes cannot be evaluated'
                 )
-            x1, y1, x2, y2 = map(float, instance['bbox'])
+        for instance, box in zip(instances, annotated_boxes(instances, box_dim).tolist(), strict=True):
+            if box_dim == 4:
+                box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             label, ignored = int(instance['bbox_label']), int(instance.get('ignore_flag', 0))
             labels: Sequence[int] = [label]
             if not 0 <= label < len(classes):
@@ -137,8 +155,8 @@ def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]]) -> Gr
                     id=len(annotations) + number,
                     image_id=image_id,
                     category_id=counted_as + 1,
-                    bbox=[x1, y1, x2 - x1, y2 - y1],
-                    area=(x2 - x1) * (y2 - y1),
+                    bbox=box,
+                    area=box[2] * box[3],
                     iscrowd=int(bool(ignored)),
                 )
                 for number, counted_as in enumerate(labels, 1)
@@ -148,7 +166,8 @@ def _from_instances(classes: tuple[str, ...], infos: list[dict[str, Any]]) -> Gr
         annotations=annotations,
         categories=[dict(id=number, name=name) for number, name in enumerate(classes, 1)],
     )
-    truth = GroundTruth(classes, coco, image_ids, list(range(1, len(classes) + 1)), no_class_ignores=no_class_ignores)
+    category_ids = list(range(1, len(classes) + 1))
+    truth = GroundTruth(classes, coco, image_ids, category_ids, no_class_ignores=no_class_ignores, box_dim=box_dim)
     if unknown:
         truth.notes.append(f'{unknown} annotated objects have a label without a class and are left out, as in mmdet.')
     return truth
@@ -307,9 +326,15 @@ def are_crowded(truth: GroundTruth) -> np.ndarray:
     found = np.zeros(len(truth.coco['annotations']), bool)
     for numbers in cells.values():
         boxes = np.array([truth.coco['annotations'][number]['bbox'] for number in numbers], np.float64)
-        overlaps = box_api.iou(boxes, boxes, [0] * len(boxes))
+        overlaps = rotated_overlaps(boxes, boxes) if truth.box_dim == 5 else box_api.iou(boxes, boxes, [0] * len(boxes))
         np.fill_diagonal(overlaps, 0)
         found[numbers] = overlaps.max(1) >= CROWDED_IOU
+    return found
+
+
+def rotated_overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N, M) float32 IoUs of (N, 5) with (M, 5) rotated boxes by mmcv, which mmrotate's metrics ask."""
+    found: np.ndarray = box_iou_rotated(torch.tensor(boxes).float(), torch.tensor(others).float()).numpy()
     return found
 
 
@@ -325,6 +350,10 @@ class Evaluator:
 
     def __init__(self, truth: GroundTruth) -> None:
         self.truth = truth
+        self._kind: Any = faster_coco_eval.COCOeval_faster
+        if truth.box_dim == 5:  # a subclass that asks mmcv for rotated IoU
+            module = importlib.import_module('mmrotate.evaluation.metrics.rotated_coco_metric')
+            self._kind = module.RotatedCocoEval
         self._coco = faster_coco_eval.COCO(truth.coco)
         outside = 2 * _ALL_AREAS[1]
         annotations = [
@@ -334,7 +363,7 @@ class Evaluator:
         self._crowded = faster_coco_eval.COCO(truth.coco | dict(annotations=annotations))
 
     def __call__(self, results: Sequence[InstanceData]) -> Scores:
-        """Score the detections of every image: ``bboxes`` (M, 4) ``xyxy``, ``scores`` (M,), ``labels`` (M,)."""
+        """Score the detections of every image: ``bboxes`` (M, 4) ``xyxy`` or (M, 5) rotated, ``scores``, ``labels``."""
         metrics, per_class, precision = self._coco_scores(results)
         if self.truth.voc is not None:
             metrics |= self._voc_scores(results)
@@ -367,7 +396,7 @@ class Evaluator:
 
     def _accumulated(self, coco: Any, found: Any, **params: Any) -> Any:
         """COCO's evaluation of detections, up to its curves."""
-        evaluation = faster_coco_eval.COCOeval_faster(coco, found, 'bbox', print_function=lambda *line: None)
+        evaluation = self._kind(coco, found, 'bbox', print_function=lambda *line: None)
         vars(evaluation.params).update(
             params,
             catIds=self.truth.category_ids,
@@ -385,13 +414,13 @@ class Evaluator:
             raise ValueError(f'{len(results)} results for {len(self.truth.image_ids)} images')
         for image_id, result in zip(self.truth.image_ids, results, strict=False):  # behind them: images not tested
             # Widths in float64, from the float32 corners, as mmdet's CocoMetric.
-            for (x1, y1, x2, y2), score, label in zip(
+            for box, score, label in zip(
                 result.bboxes.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True
             ):
                 category_id = self.truth.category_ids[label]
-                found.append(
-                    dict(image_id=image_id, category_id=category_id, bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
-                )
+                if len(box) == 4:
+                    box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+                found.append(dict(image_id=image_id, category_id=category_id, bbox=box, score=score))
         return found
 
     def _voc_scores(self, results: Sequence[InstanceData]) -> dict[str, float]:

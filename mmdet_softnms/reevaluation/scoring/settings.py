@@ -1,9 +1,9 @@
 """What is compared: settings, the fair default table, and grids over anything a rule takes.
 
 A fair table (DESIGN: all rows share candidates, ``score_thr`` and ``max_per_img``): the baseline is hard NMS at IoU 0.5
-at the same low ``score_thr`` as the soft rules. The config's own setting is an extra row and never the reference;
-against the stock ``score_thr`` of 0.05 the low-score tail would be credited to Soft-NMS. A grid over ``score_thr`` or
-``max_per_img`` gets a baseline for each of their values.
+at the same low ``score_thr`` as the soft rules; of rotated boxes at IoU 0.1, as in the configs of mmrotate. The
+config's own setting is an extra row and never the reference; against the stock ``score_thr`` of 0.05 the low-score tail
+would be credited to Soft-NMS. A grid over ``score_thr`` or ``max_per_img`` gets a baseline for each of their values.
 """
 
 import inspect
@@ -19,14 +19,27 @@ from mmengine.config import Config
 from mmdet_softnms.files import ReevaluationError, did_you_mean
 from mmdet_softnms.models.detectron2_wrapper import lines_to_paste
 from mmdet_softnms.ops import weights
-from mmdet_softnms.reevaluation.candidates.plug import DETECTRON2, family_of, family_of_head
+from mmdet_softnms.reevaluation.candidates.plug import DETECTRON2, box_dim_of, family_of, family_of_head
 from mmdet_softnms.reevaluation.candidates.views import pipeline_to_paste
 from mmdet_softnms.reevaluation.scoring.grid import AROUND, expanded, flattened, read_spec, read_values
 from mmdet_softnms.registry import TASK_UTILS, build_rule, resolve
-from mmdet_softnms.rules import HardNMS, MmcvNMS, NoSuppression, Rule, SoftNMS, name_of, words_of
+from mmdet_softnms.rules import (
+    HardNMS,
+    MmcvNMS,
+    NoSuppression,
+    RotatedSoftNMS,
+    Rule,
+    SoftNMS,
+    check_box_dim,
+    name_of,
+    words_of,
+)
 from mmdet_softnms.yaml_file import YamlError, read_yaml
 
-_PROBE = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])  # boxes
+_PROBES = {  # boxes, by how many values one has
+    4: torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]]),
+    5: torch.tensor([[4.0, 4, 8, 8, 0], [4, 2, 8, 4, 0]]),
+}
 _RANGED = (*weights.PARAMETERS, 'min_score')
 
 
@@ -67,10 +80,10 @@ class Setting:
 
     @property
     def is_baseline(self) -> bool:
-        """Hard NMS at IoU 0.5, the reference of its group."""
-        if type(self.rule) is not HardNMS or self.source != 'table':
+        """Hard NMS at IoU 0.5, or 0.1 of rotated boxes: the reference of its group."""
+        if type(self.rule) not in (HardNMS, RotatedSoftNMS) or self.source != 'table':
             return False
-        return self.rule.params == HardNMS(class_agnostic=self.class_agnostic).params
+        return self.rule.params == _baseline(self.class_agnostic, self.rule.box_dim).params  # type: ignore[attr-defined]
 
     @property
     def label(self) -> str:
@@ -159,6 +172,12 @@ def baseline_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None
     return baselines[0] if setting.source == 'config' and baselines else None
 
 
+def baseline_in_words(settings: Iterable[Setting]) -> str:
+    """``'hard NMS at IoU 0.5'``: what the differences of a table refer to."""
+    found = next((one.rule.params['iou_threshold'] for one in settings if one.is_baseline), 0.5)
+    return f'hard NMS at IoU {found:g}'
+
+
 def varied_thresholds(settings: Iterable[Setting]) -> list[str]:
     """The thresholds around the rules of which a table has several values."""
     table = [setting for setting in settings if setting.source == 'table']
@@ -186,7 +205,8 @@ def default_settings(
         ReevaluationError: a threshold is out of range, or the thresholds of the config are unusable.
     """
     check_thresholds(score_thr, max_per_img)
-    rules: list[Rule] = [_baseline(class_agnostic), *_default_soft_rules(min_score, class_agnostic)]
+    box_dim = box_dim_of(cfg)
+    rules = [_baseline(class_agnostic, box_dim), *_default_soft_rules(min_score, class_agnostic, box_dim)]
     return [*(Setting(rule, score_thr, max_per_img) for rule in rules), own_setting(cfg)]
 
 
@@ -209,22 +229,26 @@ def own_setting(cfg: Config) -> Setting:
         raise ReevaluationError(f"the config's own suppression ({place}) cannot be used: {error}") from error
 
 
-def _baseline(class_agnostic: bool) -> HardNMS:
+def _baseline(class_agnostic: bool, box_dim: int) -> Rule:
+    if box_dim == 5:
+        return RotatedSoftNMS('hard', iou_threshold=0.1, min_score=0.0, class_agnostic=class_agnostic)
     return HardNMS(iou_threshold=0.5, class_agnostic=class_agnostic)
 
 
-def _default_soft_rules(min_score: float, class_agnostic: bool) -> list[Rule]:
+def _default_soft_rules(min_score: float, class_agnostic: bool, box_dim: int) -> list[Rule]:
+    kind = RotatedSoftNMS if box_dim == 5 else SoftNMS
     try:
         return [
-            SoftNMS('linear', iou_threshold=0.3, min_score=min_score, class_agnostic=class_agnostic),
-            SoftNMS('gaussian', sigma=0.5, min_score=min_score, class_agnostic=class_agnostic),
+            kind('linear', iou_threshold=0.3, min_score=min_score, class_agnostic=class_agnostic),
+            kind('gaussian', sigma=0.5, min_score=min_score, class_agnostic=class_agnostic),
         ]
     except (TypeError, ValueError) as error:
         raise ReevaluationError(f'the suppression settings cannot be used: {error}') from error
 
 
-#: What ``--select`` chooses from when no grid is given.
+#: What ``--select`` chooses from when no grid is given; of rotated boxes.
 DEFAULT_SWEEP = ('recommended',)
+ROTATED_SWEEP = ('rotated',)
 
 
 def sweep_settings(
@@ -256,6 +280,7 @@ def sweep_settings(
         ReevaluationError: a spec cannot be read; a rule or a parameter is unknown, out of range, or has no effect.
     """
     grids, around = _read_specs(specs)
+    box_dim = box_dim_of(cfg)
     defaults: dict[str, list[Any]] = dict(score_thr=[score_thr], max_per_img=[max_per_img], min_score=[min_score])
     around = defaults | around
     settings: dict[Any, Setting] = {}
@@ -263,13 +288,13 @@ def sweep_settings(
         rules: list[Rule] = []
         for floor in around['min_score']:
             if grids:
-                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor, class_agnostic)]
+                rules += [rule for name, grid in grids for rule in _rules(name, grid, floor, class_agnostic, box_dim)]
             else:
-                rules += _default_soft_rules(floor, class_agnostic)
+                rules += _default_soft_rules(floor, class_agnostic, box_dim)
         found = [Setting(rule, *group) for rule in rules]
         for agnostic in sorted({setting.class_agnostic for setting in found}):
             mine = [setting for setting in found if setting.class_agnostic == agnostic]
-            for setting in [Setting(_baseline(agnostic), *group), *mine]:
+            for setting in [Setting(_baseline(agnostic, box_dim), *group), *mine]:
                 settings.setdefault((setting.name, str(setting.params)), setting)
     return [*settings.values(), own_setting(cfg)]
 
@@ -329,7 +354,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, dict[str, list[Any]]]], dict
     return grids, {name: values(content[name]) for name in AROUND if name in content}
 
 
-def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agnostic: bool) -> list[Rule]:
+def _rules(
+    name: str, grid: Mapping[str, list[Any]], min_score: float, class_agnostic: bool, box_dim: int
+) -> list[Rule]:
     """Every rule of a grid, those that come out the same once."""
     grid = dict(grid)
     kind = _scoped(name)
@@ -352,7 +379,9 @@ def _rules(name: str, grid: Mapping[str, list[Any]], min_score: float, class_agn
                 innermost = innermost.rule
             if isinstance(innermost, MmcvNMS):  # which takes any number
                 SoftNMS(**{name: value for name, value in innermost.params.items() if name in _RANGED})
-            rule(_PROBE, _PROBE[:, 2] / 10, _PROBE.new_zeros(2, dtype=torch.int64), -1)  # mmdet's own check when called
+            check_box_dim(rule, box_dim)
+            probe = _PROBES[box_dim]
+            rule(probe, probe[:, 3] / 10, probe.new_zeros(2, dtype=torch.int64), -1)  # mmdet's own check when called
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ReevaluationError(f'sweep over {name} with {arguments}: {error}') from error
         rules.setdefault(str(rule.params), rule)
@@ -376,7 +405,7 @@ def _scoped(name: str) -> str:
 def _place_of_soft_nms(kind: str, grid: Mapping[str, list[Any]]) -> str | None:
     """What stands before the parameters of SoftNMS in a grid: nothing, ``'rule.'`` where it is inside, or None."""
     place = ''
-    while kind != 'mmdet_softnms.SoftNMS':
+    while kind not in ('mmdet_softnms.SoftNMS', 'mmdet_softnms.RotatedSoftNMS'):
         inside = grid.get(f'{place}rule', ['SoftNMS'])
         if 'rule' not in _parameters(kind) or len(inside) > 1:
             return None
