@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -14,10 +15,18 @@ CONFIGS = sorted(path for path in ROOT.glob('configs/*/*.py') if path.parent.nam
 ROTATED = sorted(ROOT.glob('configs/rotated/*.py'))
 
 
+@pytest.fixture
+def _without_random_weights(monkeypatch):
+    """What torch fills weights with takes longer than everything else: 100 million of them in a VGG-16."""
+    for layer in (torch.nn.modules.conv._ConvNd, torch.nn.Linear):
+        monkeypatch.setattr(layer, 'reset_parameters', lambda self: None)
+
+
 def test_there_are_configs():
     assert len(CONFIGS) >= 30
 
 
+@pytest.mark.usefixtures('_without_random_weights')
 @pytest.mark.parametrize('path', sorted({*CONFIGS} - {*ROTATED}), ids=lambda path: path.stem)
 def test_config_is_built_dumped_and_reloaded(path, tmp_path):
     register_all_modules()

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / 'docs/detectors.md'
 
 @pytest.fixture(scope='module')
 def verdicts():
-    return list(zoo_walk.walk())
+    return zoo_walk.walk()
 
 
 def test_every_config_is_supported_or_refused_with_a_reason(verdicts):

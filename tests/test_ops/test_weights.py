@@ -18,7 +18,7 @@ from rich.console import Console
 import mmdet_softnms
 from mmdet_softnms import batched_soft_nms, padded_soft_nms, reference, soft_nms
 from mmdet_softnms.export import rule_to_onnx
-from mmdet_softnms.ops import weights
+from mmdet_softnms.ops import _cpu, weights
 from mmdet_softnms.ops._derivative import with_derivative
 from mmdet_softnms.ops.weights import cos, exp, sqrt, where
 from mmdet_softnms.reevaluation.report.table import to_table
@@ -210,29 +210,40 @@ def test_what_cannot_be_a_rule_is_refused(function: Any, removes: bool, words: s
 PROGRAM = """
 import torch
 from mmdet_softnms import soft_nms
-print(soft_nms(torch.tensor([[0., 0, 4, 4], [0, 0, 4, 2]]), torch.tensor([1.0, 1.0]), method='linear')[1].tolist())
+from mmdet_softnms.ops import _cpu, weights
+scores = soft_nms(torch.tensor([[0., 0, 4, 4], [0, 0, 4, 2]]), torch.tensor([1.0, 1.0]), method='linear')[1]
+print(scores.tolist(), 'hits', sum(_cpu.kernel(weights.get('linear')).stats.cache_hits.values()))
 """
 
 
 def test_an_edited_weight_is_compiled_anew(tmp_path: Path) -> None:
-    """numba's disk cache looks at the file of the kernel alone, whose contents and time do not change here."""
+    """numba's disk cache looks at the file of the kernel alone, whose contents and time do not change here.
+
+    In a copy of the package with what is compiled here: a process of its own finds it, until the weight is edited.
+    """
     package = tmp_path / 'mmdet_softnms'
-    shutil.copytree(Path(mmdet_softnms.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))
+    without = shutil.ignore_patterns('__pycache__', '.mim')
+    shutil.copytree(Path(mmdet_softnms.__file__).parent, package, ignore=without)
+    cache = package / 'ops/__pycache__'
+    cache.mkdir()
+    for file in Path(_cpu.kernel(weights.get('linear'))._cache.cache_path).glob('_cpu._*.nb[ic]'):
+        shutil.copy(file, cache)
 
     def run() -> str:
-        environment = {**os.environ, 'PYTHONPATH': str(tmp_path), 'NUMBA_CACHE_DIR': str(tmp_path / 'cache')}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith('NUMBA_')}
+        environment['PYTHONPATH'] = str(tmp_path)
         done = subprocess.run(
             [sys.executable, '-c', PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
         return done.stdout.strip()
 
-    assert run() == '[1.0, 0.5]'
+    assert run() == '[1.0, 0.5] hits 2'
     file = package / 'ops/weights.py'
     text = file.read_text()
     edited = text.replace('where(iou > iou_threshold, 1 - iou, 1)', 'where(iou > iou_threshold, (1 - iou) / 2, 1)')
     assert edited != text
     file.write_text(edited)
-    assert run() == '[1.0, 0.25]'
+    assert run() == '[1.0, 0.25] hits 0'
 
 
 def test_the_strongest_decay_needs_a_weight_that_never_rises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """One sweep over a drawn test set, its selection and its report, for all tests of what a reader gets."""
 
 import dataclasses
+import multiprocessing.dummy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from mmdet_softnms.reevaluation.scoring.sweep import match_all
 from tests.drawn import CFG, drawn_reevaluation, drawn_test_set, picture_file
 
 EVIL = r'<script>alert("$\frac$")</script>'  # a class name; matplotlib would read mathematics, and fail
+
+
+@pytest.fixture
+def voc_in_one_process(monkeypatch):
+    """mmdet's VOC evaluation forks four processes for each AP, which takes longer than the AP; threads do the same."""
+    monkeypatch.setattr('mmdet.evaluation.functional.mean_ap.Pool', multiprocessing.dummy.Pool)
 
 
 @pytest.fixture(scope='session')

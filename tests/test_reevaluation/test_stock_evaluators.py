@@ -159,6 +159,7 @@ def test_data_sets_of_coco_json(drawn, kind, order):
     assert notes == []
 
 
+@pytest.mark.usefixtures('voc_in_one_process')
 @pytest.mark.parametrize('kind', XML)
 @pytest.mark.parametrize('mode', ['11points', 'area'])
 def test_data_sets_of_voc_xml(drawn, kind, mode):

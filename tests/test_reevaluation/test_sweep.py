@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -100,27 +99,23 @@ def first_image(scorer, setting):
     return scorer.candidates[0], setting
 
 
+def test_workers_end_with_an_interrupted_and_with_a_killed_parent():
+    """Without a word of theirs, and what they share is cleared away. Nobody tells those of a killed parent."""
+    script = f"""
+import signal, sys, time
+import numpy as np
+sys.path[:0] = [{str(ROOT)!r}]
+from mmdet_softnms.reevaluation.scoring.sweep import _run
+
 def wait_for_ever(scorer, setting):
     print('at work', flush=True)
     time.sleep(600)
 
-
-def test_workers_end_with_an_interrupted_and_with_a_killed_parent():
-    """Without a word of theirs, and what they share is cleared away. Nobody tells those of a killed parent."""
-    script = f"""
-import signal, sys
-import numpy as np
-sys.path[:0] = [{str(ROOT)!r}]
-from tests.drawn import drawn_test_set
-from tests.test_reevaluation.test_settings import settings_of
-from tests.test_reevaluation.test_sweep import wait_for_ever
-from mmdet_softnms.reevaluation.scoring.sweep import _run
 signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
-candidates, truth = drawn_test_set(2)[0], np.zeros(1 << 18)  # large enough to be mapped into memory
-settings = settings_of('SoftNMS.sigma=0.2,0.5')
+truth = np.zeros(1 << 18)  # large enough to be mapped into memory
 for _ in range(3):  # no if __name__ == '__main__' is needed
     try:
-        list(_run(wait_for_ever, candidates, settings, [0, 1], truth, 2))
+        list(_run(wait_for_ever, [], [None, None], [0, 1], truth, 2))
     except (KeyboardInterrupt, SystemExit) as stopped:
         print(type(stopped).__name__, flush=True)
 """

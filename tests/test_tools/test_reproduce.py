@@ -61,8 +61,9 @@ def test_names_are_unique_and_every_model_is_read():
 def test_every_model_says_what_is_published_and_where_it_is_from(raw):
     model = MODELS[raw['Name']]
     assert model.config.is_file()
+    cfg = Config.fromfile(model.config) if model.options else None
     for key in model.options:  # (that every config loads and builds is shown in test_configs)
-        parent = Config.fromfile(model.config)
+        parent = cfg
         for part in key.split('.')[:-1]:
             parent = parent[part]
     assert raw['Reproduction']['Command'] == f'python tools/reproduce.py {model.name}'
