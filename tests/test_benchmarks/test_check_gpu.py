@@ -27,10 +27,11 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_step_on_the_cpu(tmp_path: Path) -> None:
-    command = ['bash', str(ROOT / 'tools/check_gpu.sh'), '--device', 'cpu', '--out', str(tmp_path / 'report.md')]
-    environment = dict(os.environ, PYTHON=sys.executable, PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    command = ['bash', str(ROOT / 'tools/check_gpu.sh'), '--help']
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHON=sys.executable))
+    assert done.returncode == 0 and 'check_gpu.sh' in done.stdout and '--device' in done.stdout, done.stderr
+    # What it starts, in this process: another one would import everything anew.
+    assert check_gpu.main(['--device', 'cpu', '--out', str(tmp_path / 'report.md')]) == 0
     text = (tmp_path / 'report.md').read_text()
     for step in ('Tests', 'Gradients', 'torch.compile', 'Operator', 'Post-processing stage'):
         assert f'## {step}: passed' in text
