@@ -29,6 +29,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     op.add_argument('--classes', type=positive, nargs='+', default=[20, 80, 1203], help='classes')
     op.add_argument('--dense', type=positive, nargs='*', default=sizes, help='candidates of the two one-class scenes')
     op.add_argument('--wanted', type=int, nargs='+', default=[100, 300, -1], help='max_num; -1: no limit')
+    op.add_argument(
+        '--clock', choices=['wall', 'cpu'], default='wall', help='cpu: time of the process, where others work'
+    )
     op.add_argument('--tensorflow', metavar='PYTHON', help='interpreter of an environment that has TensorFlow')
     stage = commands.add_parser('stage', help="logits to detections, against mmdet's own stage with hard NMS")
     stage.add_argument('--score-thr', type=float, nargs='+', default=[0.05, 0.01, 1e-3, 1e-4], help='thresholds')

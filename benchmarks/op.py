@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import drawn
 from benchmarks.drawn import HEIGHT, TENSORS, WIDTH, Candidates, detector_candidates, spread_candidates
 from benchmarks.peers import ENSEMBLE, MMCV_HARD, MMCV_SOFT, PEERS, REMARKS, TensorFlow, definition, missing, peers
-from benchmarks.timing import OURS, SLOW, check_device, finished, in_turns, machine
+from benchmarks.timing import CLOCKS, OURS, SLOW, check_device, finished, in_turns, machine
 from mmdet_softnms import soft_nms
 from mmdet_softnms.files import write_json, write_whole
 
@@ -59,10 +59,13 @@ def measure(
     seconds: float,
     tensorflow: TensorFlow | None = None,
     left_out: Iterable[str] = (),
+    clock: str = 'wall',
 ) -> dict[str, Any]:
     """One row: median milliseconds of each peer, called in turns, so that a busy moment hits all of them alike."""
     timed = calls(candidates, rule, max_num, tensorflow)
-    times, results = in_turns({name: call for name, call in timed.items() if name not in left_out}, seconds)
+    times, results = in_turns(
+        {name: call for name, call in timed.items() if name not in left_out}, seconds, CLOCKS[clock]
+    )
     keep, scores = results[OURS]
     check(candidates, rule, max_num, keep, scores)
     kept = {name: len(result[0] if name == OURS else result) for name, result in results.items()}
@@ -210,7 +213,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise SystemExit(f'--out {arguments.out}: {error.strerror}') from None
     device = torch.device(arguments.device)
     check_device(device)
-    about = machine() | {'device': device_name(device)}
+    if arguments.clock == 'cpu' and (arguments.tensorflow or device.type != 'cpu'):
+        raise SystemExit('--clock cpu counts this process alone; leave out --tensorflow and --device')
+    about = machine() | {'device': device_name(device), 'clock': arguments.clock}
     tensorflow = TensorFlow(arguments.tensorflow) if arguments.tensorflow else None
     if tensorflow is not None:
         about['tensorflow'] = tensorflow.version
@@ -224,6 +229,7 @@ def run(arguments: argparse.Namespace) -> None:
             device,
             arguments.seconds,
             tensorflow,
+            arguments.clock,
         ):
             rows.append(row)
             words = f'{row["candidates"]:,} x {row["classes"]}, {row["rule"]}'
@@ -251,6 +257,7 @@ def measure_all(
     device: torch.device,
     seconds: float,
     tensorflow: TensorFlow | None = None,
+    clock: str = 'wall',
 ) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Row after row, with how many are done and how many there are."""
     there = [scene._replace(**{key: getattr(scene, key).to(device) for key in TENSORS}) for scene in everything]
@@ -264,7 +271,7 @@ def measure_all(
             if _kind(row) == (candidates.kind, rule, max_num)
             and (peer in row['too_slow'] or row['milliseconds'].get(peer, 0) > 1e3 * TOO_SLOW)
         }
-        rows.append(measure(candidates, rule, max_num, seconds, tensorflow, slow))
+        rows.append(measure(candidates, rule, max_num, seconds, tensorflow, slow, clock))
         yield rows[-1], number, len(cases)
 
 

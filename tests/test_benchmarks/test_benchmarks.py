@@ -1,7 +1,8 @@
-"""The benchmarks on their smallest cells: what they draw, check, write and refuse. No test looks at a time."""
+"""The benchmarks on their smallest cells: what they draw, check, write and refuse. No test looks at our times."""
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def test_slow_peer_is_called_once_and_marked(monkeypatch: pytest.MonkeyPatch) ->
     row = op.measure(drawn.detector_candidates(200, 5), 'gaussian', 100, seconds=0)
     assert set(row['calls'].values()) == {1}
     assert sum('once' in cell for cell in op.cells(row, op.PEERS)) == len(row['calls']) - 1 >= 4
+
+
+def test_the_clock_of_the_process_does_not_count_waiting() -> None:
+    waits = {'waits': lambda: time.sleep(0.02)}
+    assert min(timing.in_turns(waits, 0.0, timing.CLOCKS['wall'])[0]['waits']) >= 0.02
+    assert min(timing.in_turns(waits, 0.0, timing.CLOCKS['cpu'])[0]['waits']) < 0.01
+    with pytest.raises(SystemExit, match='leave out --tensorflow'):
+        command_line.main([*SMALL, '--clock', 'cpu', '--tensorflow', 'python'])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,7 @@ def test_the_peak_memory_is_that_of_one_call() -> None:
     num = len(scores)
     for _ in range(2):
         growth.soft_nms(boxes, scores, labels)  # what this frees must not hide what the next call takes
-    # At least a copy of the boxes by their left edge (20 bytes each), and the order (8).
+    # At least the boxes and their areas in blocks (20 bytes each), and the order (8).
     assert 28 * num < growth.peak_bytes(boxes, scores, labels, -1) < 100 * num
     assert growth.peak_bytes(boxes, scores, labels, 100) < 16 * num
 

@@ -115,6 +115,7 @@ def test_large_classes_give_the_same_bits_eagerly(monkeypatch: pytest.MonkeyPatc
     kernel = _eager.kernel
     monkeypatch.setattr(_eager, 'kernel', lambda *key: used.append(key) or kernel(*key))
     monkeypatch.setattr(_eager, '_LARGE', 20)
+    monkeypatch.setattr(_eager, '_MANY', 0)
     for num, classes, spread in ((20, 1, 1.0), (400, 1, 1.0), (300, 3, 0.3), (300, 1, 4.0)):
         boxes, scores, labels = crowd(num)
         boxes[::50, 2] = 1000  # reach across all others
@@ -132,6 +133,19 @@ def test_large_classes_give_the_same_bits_eagerly(monkeypatch: pytest.MonkeyPatc
     soft_nms(boxes, scores, method=method, decay=decay, max_num=20)  # few are wanted
     soft_nms(boxes, scores, labels * 100, method=method, decay=decay)  # small classes
     assert len(used) == 13
+
+
+def test_the_quicker_way_of_hard_nms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lazily where a few selections remove a class of hundreds; eagerly where few overlap, and for other rules."""
+    used: list[str] = []
+    kernel = _eager.kernel
+    monkeypatch.setattr(_eager, 'kernel', lambda weight, *rest: used.append(weight.name) or kernel(weight, *rest))
+    boxes, scores, _ = crowd(600)
+    for layout, method in ((boxes % 60, 'hard'), (boxes * 5, 'hard'), (boxes % 60, 'linear')):
+        corners = layout[:, :2]
+        around = torch.cat([corners, corners + (60 if layout.max() <= 60 else 20)], dim=1)
+        assert_equals_the_definition(around, scores, torch.zeros(600, dtype=torch.int64), method=method, max_num=-1)
+    assert used == ['hard', 'linear']
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
