@@ -105,7 +105,7 @@ def read_ground_truth(
     from mmdet.datasets import XMLDataset
 
     evaluators = evaluators or build_evaluators(cfg, dataset)
-    box_dim = box_dim_of(cfg)
+    box_dim = box_dim_of(cfg) if cfg.get('model') else 4  # a data set may be read by itself
     infos = [dataset.get_data_info(number) for number in range(len(dataset))]
     classes = class_names(dataset)
     source = annotated_by(evaluators, dataset)
