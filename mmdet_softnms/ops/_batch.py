@@ -1,6 +1,7 @@
 """Several images at once, and getting ready before the first."""
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -144,7 +145,8 @@ def warmup(methods: Iterable[str] | None = None) -> None:
     Raises:
         ValueError: there is no such rule.
     """
-    cpu = path(torch.device('cpu'))  # votes and support are compiled where it is imported
+    cpu = path(torch.device('cpu'))
+    importlib.import_module('mmdet_softnms.ops._neighbours')  # compiles votes and support
     for method in list(weights.WEIGHTS) if methods is None else methods:
         cpu.load(weights.get(method))
         soft_nms(torch.zeros(1, 4, device='cpu'), torch.ones(1, device='cpu'), method=method)
