@@ -106,14 +106,20 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
 def peak_bytes(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, max_num: int) -> int | None:
     """What one gaussian call adds to a process's resident memory at its peak, without its input. None: no glibc."""
     queue = get_context('fork').SimpleQueue()
 
     def call() -> None:
-        soft_nms(boxes[:10], scores[:10], labels[:10])  # loads the kernel
+        torch.set_num_threads(1)  # the threads of the process that was forked are not here: waiting for them never ends
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed is resident, and would be used again
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, 65536)  # arrays come from the system and go back to it, whatever ran before
+            soft_nms(boxes, scores, labels, max_num=max_num)  # loads the kernels and the libraries' pages
+            libc.malloc_trim(0)  # what earlier calls have freed is resident, and would be used again
             Path('/proc/self/clear_refs').write_text('5')  # the peak is that of now
             before = _peak_kibibytes()
             soft_nms(boxes, scores, labels, max_num=max_num)

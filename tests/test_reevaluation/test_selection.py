@@ -180,7 +180,7 @@ def test_the_best_of_many_lucky_settings_is_not_flattered():
         settings, matches, objects = _noise(32, seed=seed)
         aps = [weighted_ap(one, objects.counts, np.ones((1, 60), np.int32), NOWHERE, 0)[0, 0] for one in matches[1:]]
         matches[0] = matches[1 + int(np.argsort(aps)[len(aps) // 2])]
-        chosen = select(settings, matches, objects, seed=seed, resamples=300)
+        chosen = select(settings, matches, objects, seed=seed, resamples=1000)
         flattered.append(max(one.value - one.baseline for one in chosen.settings))
         honest.append(chosen.procedure.value - chosen.procedure.baseline)
         assert not chosen.procedure.significant
