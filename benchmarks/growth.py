@@ -1,22 +1,18 @@
 """``growth``: time and memory of the operator against candidates, classes and ``max_num``, with fitted exponents."""
 
 import argparse
-import ctypes
 from collections.abc import Sequence
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.drawn import Candidates, detector_candidates
+from benchmarks.memory import peak_bytes
 from benchmarks.op import calls
 from benchmarks.plots import plot_growth
 from benchmarks.timing import OURS, finish, in_turns, median
-from mmdet_softnms import soft_nms
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -104,36 +100,3 @@ def run(arguments: argparse.Namespace) -> None:
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Slope of a line through the logarithms: 1 is linear growth, 2 quadratic."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
-
-
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-
-
-def peak_bytes(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, max_num: int) -> int | None:
-    """What one gaussian call adds to a process's resident memory at its peak, without its input. None: no glibc."""
-    queue = get_context('fork').SimpleQueue()
-
-    def call() -> None:
-        torch.set_num_threads(1)  # the threads of the process that was forked are not here: waiting for them never ends
-        try:
-            libc = ctypes.CDLL(None)
-            libc.mallopt(_M_MMAP_THRESHOLD, 65536)  # arrays come from the system and go back to it, whatever ran before
-            soft_nms(boxes, scores, labels, max_num=max_num)  # loads the kernels and the libraries' pages
-            libc.malloc_trim(0)  # what earlier calls have freed is resident, and would be used again
-            Path('/proc/self/clear_refs').write_text('5')  # the peak is that of now
-            before = _peak_kibibytes()
-            soft_nms(boxes, scores, labels, max_num=max_num)
-            queue.put(1024 * (_peak_kibibytes() - before))
-        except (OSError, AttributeError):
-            queue.put(None)
-
-    process = get_context('fork').Process(target=call)
-    process.start()
-    grown: int | None = queue.get()
-    process.join()
-    return grown
-
-
-def _peak_kibibytes() -> int:
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith('VmHWM')))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import drawn, growth, op, peers, pool, serving, stage, timing
+from benchmarks import drawn, growth, memory, op, peers, pool, serving, stage, timing
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +157,8 @@ def test_the_stage_gives_mmdets_detections_and_is_shown(
 
 
 def test_growth_is_fitted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # What is measured is the next test's matter: 41 processes would take a minute.
+    monkeypatch.setattr(growth, 'peak_bytes', lambda boxes, scores, labels, max_num: 50 * len(scores))
     assert growth.exponent([10, 100, 1000], [3, 300, 30000]) == pytest.approx(2)
     command_line.main(['growth', '--largest', '8192', '--seconds', '0', '--out', str(tmp_path)])
     rows = json.loads((tmp_path / 'benchmark_growth.json').read_text())['rows']
@@ -169,11 +171,9 @@ def test_growth_is_fitted(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 def test_the_peak_memory_is_that_of_one_call() -> None:
     boxes, scores, labels = drawn.detector_candidates(200_000, 80, num_proposals=3125)[:3]
     num = len(scores)
-    for _ in range(2):
-        growth.soft_nms(boxes, scores, labels)  # what this frees must not hide what the next call takes
     # At least the boxes and their areas in blocks (20 bytes each), and the order (8).
-    assert 28 * num < growth.peak_bytes(boxes, scores, labels, -1) < 60 * num
-    assert growth.peak_bytes(boxes, scores, labels, 100) < 16 * num
+    assert 28 * num < memory.peak_bytes(boxes, scores, labels, -1) < 100 * num
+    assert memory.peak_bytes(boxes, scores, labels, 100) < 16 * num
 
 
 def test_serving_times_new_processes_and_batches(
