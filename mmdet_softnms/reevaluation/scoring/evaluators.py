@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -38,6 +39,7 @@ MAX_DETS = 100
 _CHEAP_SWEEP = 20_000
 #: Columns that a note names.
 _NAMED = 6
+_one_by_one = threading.RLock()  # two threads would take each other's replacement for the original
 
 
 @dataclass
@@ -356,7 +358,7 @@ def add_columns(
 
 
 def _evaluate(evaluator: Any, results: Sequence[InstanceData], samples: Sequence[dict[str, Any]]) -> dict[str, float]:
-    with quiet(), _without_processes():
+    with quiet(), without_processes():
         for sample, result in zip(samples, results, strict=True):
             one = copy.deepcopy(sample)
             one['pred_instances'] = {key: result[key].clone() for key in ('bboxes', 'scores', 'labels')}
@@ -454,18 +456,24 @@ def notes(found: Sequence[Other], voc: bool, box_dim: int = 4) -> list[str]:
 
 
 @contextlib.contextmanager
-def _without_processes() -> Iterator[None]:
-    """Threads in the place of the four processes that mmrotate starts for every number, each importing torch anew."""
-    module: Any = sys.modules.get('mmrotate.evaluation.functional.mean_ap')
-    if module is None:
-        yield
-        return
-    get_context = module.get_context
-    module.get_context = lambda method: SimpleNamespace(Pool=ThreadPool)
-    try:
-        yield
-    finally:
-        module.get_context = get_context
+def without_processes() -> Iterator[None]:
+    """Threads in the place of the processes that mmdet and mmrotate start for every VOC AP.
+
+    To each of them everything is copied, which costs more than it saves; mmrotate's import torch anew.
+    """
+    replaced = {
+        ('mmdet.evaluation.functional.mean_ap', 'Pool'): ThreadPool,
+        ('mmrotate.evaluation.functional.mean_ap', 'get_context'): lambda method: SimpleNamespace(Pool=ThreadPool),
+    }
+    with _one_by_one:
+        known = {place: vars(sys.modules[place[0]])[place[1]] for place in replaced if place[0] in sys.modules}
+        try:
+            for module, name in known:
+                setattr(sys.modules[module], name, replaced[module, name])
+            yield
+        finally:
+            for (module, name), original in known.items():
+                setattr(sys.modules[module], name, original)
 
 
 @contextlib.contextmanager

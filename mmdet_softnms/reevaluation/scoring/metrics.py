@@ -31,6 +31,7 @@ from mmdet_softnms.reevaluation.scoring.evaluators import (
     build_evaluators,
     class_names,
     leaves_of,
+    without_processes,
 )
 
 #: ``COCOeval.stats`` at ``maxDets=(1, 10, 100)``, by position.
@@ -439,7 +440,7 @@ class Evaluator:
             detections.append([rows[labels == label] for label in range(num_classes)])
         values = {}
         for iou_thr, modes in VOC_METRICS.items():
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), without_processes():
                 warnings.simplefilter('ignore', RuntimeWarning)  # 0/0 for classes without any object
                 _, curves = eval_map(
                     detections,
@@ -447,11 +448,16 @@ class Evaluator:
                     iou_thr=iou_thr,
                     dataset=self.truth.classes,
                     logger='silent',
-                    nproc=1,  # it copies everything to each of its processes; settings are what is spread over cores
+                    nproc=1,  # settings are what is spread over cores
                     use_legacy_coordinate=True,
+                    eval_mode='11points',
                 )
             for name, mode in modes.items():
-                # One matching serves both definitions.
-                aps = [average_precision(one['recall'], one['precision'], mode) for one in curves if one['num_gts'] > 0]
+                aps = [
+                    # One matching serves both definitions.
+                    one['ap'] if mode == '11points' else average_precision(one['recall'], one['precision'], mode)
+                    for one in curves
+                    if one['num_gts'] > 0
+                ]
                 values[name] = float(np.mean(aps)) if aps else 0.0
         return values
