@@ -51,10 +51,14 @@ def weighted_ap(
 def _weighted_ap(image, true, ignored, starts, counts, weights, folds, num_folds, chosen, recalls):  # type: ignore[no-untyped-def]
     num_resamples, (num_images, num_classes) = len(weights), counts.shape
     result = np.zeros((num_resamples, num_folds + 1))
-    longest = 1
+    # Most detections are false at every threshold: they are counted, and only the others are looked at again.
+    matched = np.flatnonzero(true | ignored)
+    match_starts = np.searchsorted(matched, starts)
+    most = 1
     for k in range(num_classes):
-        longest = max(longest, starts[k + 1] - starts[k])
-    seen = np.zeros((num_folds + 1, longest), np.int64)  # detections up to here, by fold; the last: all
+        most = max(most, match_starts[k + 1] - match_starts[k])
+    seen = np.zeros((num_folds + 1, most), np.int64)  # detections up to a matched one, by fold; the last: all
+    precision, recall = np.zeros((num_folds + 1, most)), np.zeros((num_folds + 1, most))
     for b in range(num_resamples):
         weight = weights[b]
         classes = np.zeros(num_folds + 1, np.int64)
@@ -69,29 +73,27 @@ def _weighted_ap(image, true, ignored, starts, counts, weights, folds, num_folds
                 continue
             for f in range(num_folds):
                 positives[f] = positives[num_folds] - positives[f]
-            begin, end = starts[k], starts[k + 1]
+                classes[f] += positives[f] > 0
+            classes[num_folds] += 1
             running = np.zeros(num_folds + 1, np.int64)
-            for d in range(begin, end):
-                running[num_folds] += weight[image[d]]
-                if num_folds:
-                    running[folds[image[d]]] += weight[image[d]]
+            first, last = match_starts[k], match_starts[k + 1]
+            d = starts[k]
+            for m in range(first, last):
+                while d <= matched[m]:
+                    running[num_folds] += weight[image[d]]
+                    if num_folds:
+                        running[folds[image[d]]] += weight[image[d]]
+                    d += 1
                 for f in range(num_folds):
-                    seen[f, d - begin] = running[num_folds] - running[f]
-                seen[num_folds, d - begin] = running[num_folds]
-            for f in range(num_folds + 1):
-                if positives[f] > 0:
-                    classes[f] += 1
+                    seen[f, m - first] = running[num_folds] - running[f]
+                seen[num_folds, m - first] = running[num_folds]
             for t in chosen:
                 bit = np.uint16(1 << t)
-                hits = 0
-                for d in range(begin, end):
-                    hits += (true[d] & bit) != 0
-                precision = np.zeros((num_folds + 1, hits))
-                recall = np.zeros((num_folds + 1, hits))
                 true_so_far = np.zeros(num_folds + 1, np.int64)
                 ignored_so_far = np.zeros(num_folds + 1, np.int64)
-                hit = 0
-                for d in range(begin, end):
+                hits = 0
+                for m in range(first, last):
+                    d = matched[m]
                     w = weight[image[d]]
                     if ignored[d] & bit:
                         for f in range(num_folds + 1):
@@ -102,11 +104,12 @@ def _weighted_ap(image, true, ignored, starts, counts, weights, folds, num_folds
                             if f == num_folds or folds[image[d]] != f:
                                 true_so_far[f] += w
                             if positives[f] > 0:
-                                recall[f, hit] = true_so_far[f] / positives[f]
-                                among = seen[f, d - begin] - ignored_so_far[f]
+                                recall[f, hits] = true_so_far[f] / positives[f]
+                                among = seen[f, m - first] - ignored_so_far[f]
+                                precision[f, hits] = 0.0
                                 if among > 0:
-                                    precision[f, hit] = true_so_far[f] / (among + 2.220446049250313e-16)
-                        hit += 1
+                                    precision[f, hits] = true_so_far[f] / (among + 2.220446049250313e-16)
+                        hits += 1
                 for f in range(num_folds + 1):
                     if positives[f] > 0:
                         result[b, f] += _interpolated(precision[f], recall[f], hits, recalls)
