@@ -12,6 +12,8 @@ import torch
 from mmengine.config import utils as config_utils
 from yapf.yapflib import yapf_api
 
+from tests.processes import Forks
+
 # mmengine lays out every config that it writes or logs with yapf: a second each, three a Runner.
 # Without it the text is the same Python.
 yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)
@@ -36,6 +38,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip('no shared data: there is no ../shared beside the project')
     return SHARED
+
+
+@pytest.fixture(scope='session')
+def forks() -> Generator[Forks, None, None]:
+    """Starts processes that have imported mmdet already."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 class _SkipGuard:
