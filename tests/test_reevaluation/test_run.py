@@ -57,8 +57,8 @@ def _tested(config: Path, checkpoint: Path, out: Path) -> list[dict]:
     return pickle.loads(out.read_bytes())
 
 
-# Each detector with an evaluator of either kind, and each of these with two rules: no two of the three depend on each
-# other, and test_settings has every rule.
+# Every detector, every evaluator and every rule at least once, not every combination: what an evaluator gets does not
+# depend on which detector the boxes are of, and class-agnostic boxes are repeated for every class before any rule.
 @pytest.mark.parametrize(
     ('detector', 'kind', 'nms', 'row'),
     [
