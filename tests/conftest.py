@@ -1,5 +1,7 @@
 """Rules for the whole suite: which skips are allowed, which tests see a GPU, and where the shared real data is."""
 
+import functools
+import gc
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -7,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.config import utils as config_utils
 from yapf.yapflib import yapf_api
+
+from tests.processes import Forks
 
 # mmengine lays out every config that it writes or logs with yapf: a second each, three a Runner.
 # Without it the text is the same Python.
 yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)
+# mmengine reads the metafiles of all of mmdet's models for every config that names one of mmdet's: half a second each.
+config_utils.load = functools.cache(config_utils.load)
 
 SHARED = Path(__file__).parents[2] / 'shared'
 ALLOWED_SKIPS = (
@@ -31,6 +38,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip('no shared data: there is no ../shared beside the project')
     return SHARED
+
+
+@pytest.fixture(scope='session')
+def forks() -> Generator[Forks, None, None]:
+    """Starts processes that have imported mmdet already."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 class _SkipGuard:
@@ -82,6 +97,19 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: not any(name in item.nodeid for name in slow))
 
 
+def pytest_collection_finish() -> None:
+    """Half a million objects are there for good: without this the garbage collector walks them all run long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20000, 20, 20)
+
+
 def pytest_configure(config) -> None:
     config.addinivalue_line('markers', 'gpu: needs a CUDA device; all other tests run as if there were none')
     config.pluginmanager.register(_SkipGuard(), 'skip-guard')
+
+
+def pytest_runtestloop() -> None:
+    """mmengine looks a config of mmdet up in mmdet's whole index, a hundred YAML files: once for all is enough."""
+    if utils := sys.modules.get('mmengine.config.utils'):
+        utils._get_cfg_metainfo = functools.cache(utils._get_cfg_metainfo)  # type: ignore[attr-defined]

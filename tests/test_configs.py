@@ -15,18 +15,32 @@ CONFIGS = sorted(path for path in ROOT.glob('configs/*/*.py') if path.parent.nam
 ROTATED = sorted(ROOT.glob('configs/rotated/*.py'))
 
 
-@pytest.fixture
-def _without_random_weights(monkeypatch):
-    """What torch fills weights with takes longer than everything else: 100 million of them in a VGG-16."""
-    for layer in (torch.nn.modules.conv._ConvNd, torch.nn.Linear):
-        monkeypatch.setattr(layer, 'reset_parameters', lambda self: None)
+@pytest.fixture(scope='module')
+def _parts_once():
+    """A backbone or head with the options of one that another config had is that one: there are a few of each.
+
+    Nor is it filled with random weights, which take longer than everything else: 100 million of them in a VGG-16.
+    """
+    parts, build = {}, MODELS.build
+
+    def once(*options, **named):
+        key = repr((options, named))
+        if key not in parts:
+            parts[key] = build(*options, **named)
+        return parts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in (torch.nn.modules.conv._ConvNd, torch.nn.Linear):
+            patch.setattr(layer, 'reset_parameters', lambda self: None)
+        patch.setattr(MODELS, 'build', once)
+        yield
 
 
 def test_there_are_configs():
     assert len(CONFIGS) >= 30
 
 
-@pytest.mark.usefixtures('_without_random_weights')
+@pytest.mark.usefixtures('_parts_once')
 @pytest.mark.parametrize('path', sorted({*CONFIGS} - {*ROTATED}), ids=lambda path: path.stem)
 def test_config_is_built_dumped_and_reloaded(path, tmp_path):
     register_all_modules()

@@ -1,6 +1,7 @@
 """mmdet's dense detectors by their own zoo configs, shrunk: random weights, a narrow backbone, two drawn images."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,15 @@ def build(cfg: Config, like: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
+@functools.cache
+def _drawn() -> list[np.ndarray]:
+    return [cv2.imread(str(path)) for path in sorted(DEMO.glob('*.jpg'))[:2]]
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: list[np.ndarray] | None = None) -> list[InstanceData]:
     """Detections on two drawn images, in original scale: twice that of the network."""
-    images = images or [cv2.imread(str(path)) for path in sorted(DEMO.glob('*.jpg'))[:2]]
+    images = images or _drawn()
     inputs, samples = [], []
     for number, image in enumerate(images):
         height, width = image.shape[:2]

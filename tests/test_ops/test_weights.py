@@ -1,11 +1,10 @@
 """A rule is one function: a rule added here is right in every backend, and what cannot be a rule is refused."""
 
+import importlib.util
 import inspect
 import io
-import os
-import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from rich.console import Console
 
-import mmdet_softnms
 from mmdet_softnms import batched_soft_nms, padded_soft_nms, reference, soft_nms
 from mmdet_softnms.export import rule_to_onnx
 from mmdet_softnms.ops import _cpu, weights
@@ -26,25 +24,16 @@ from mmdet_softnms.reevaluation.result import Session
 from mmdet_softnms.reevaluation.scoring.settings import sweep_settings
 from mmdet_softnms.rules import SoftNMS, describe
 from tests.drawn import CFG, drawn_reevaluation, drawn_test_set
-from tests.test_ops import triton_worker
-
-PI = 3.141592653589793
+from tests.test_ops import cosine, triton_worker
 
 
-def cosine(iou: Any, iou_threshold: Any) -> Any:
-    """Smoothly from 1 to 0."""
-    return where(iou > iou_threshold, (1 + cos(PI * iou)) / 2, 1)
-
-
-def add_cosine() -> None:
-    if 'cosine' not in weights.WEIGHTS:
-        weights.register(cosine)
-
-
-@pytest.fixture(autouse=True)
-def _with_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
-    add_cosine()
+@pytest.fixture(scope='module', autouse=True)
+def _with_cosine() -> Iterator[None]:
+    """Registered once: its kernels belong to what is registered, and take ten seconds to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
+        cosine.add()
+        yield
 
 
 def scene(num: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,7 +67,7 @@ def by_hand(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def test_a_new_rule_is_right_in_numba_the_reference_and_the_operator() -> None:
-    for num in (1, 7, 60, 400):
+    for num in (1, 7, 60, 150):
         inputs = scene(num)
         keep, kept = reference(*inputs, method='cosine')
         expected_keep, expected = by_hand(*inputs)
@@ -104,7 +93,7 @@ def every_operation(iou: Any, iou_threshold: Any, sigma: Any) -> Any:
     return where((iou >= iou_threshold) & (curve < 3) | (iou <= -1), -curve + 3 + cos(iou), exp(-iou) + 0)
 
 
-@pytest.mark.parametrize('function', [weights.linear, weights.gaussian, cosine, every_operation])
+@pytest.mark.parametrize('function', [weights.linear, weights.gaussian, cosine.cosine, every_operation])
 def test_derivatives_are_autograds(function: Any) -> None:
     weight = weights.Weight('some', function, tuple(inspect.signature(function).parameters)[1:], removes=False)
     values = [weights.PARAMETERS[name].default for name in weight.parameters]
@@ -127,16 +116,16 @@ def test_a_new_rule_is_exported() -> None:
 
 def test_a_new_rule_is_right_in_triton(tmp_path: Path) -> None:
     """Under the interpreter, and down to machine code."""
-    inputs = scene(40)
+    inputs = scene(25)
     with triton_worker.start(interpret=True, cache=tmp_path) as worker:
-        triton_worker.call(worker, __name__, 'add_cosine')
+        triton_worker.call(worker, cosine.__name__, 'add')
         keep, kept, count = triton_worker.call(
             worker, 'mmdet_softnms.ops._triton', 'soft_nms_triton', *inputs, method='cosine'
         )
     expected = reference(*inputs, method='cosine')
     assert torch.equal(keep[:count], expected[0]) and torch.equal(kept[:count], expected[1])
     with triton_worker.start(interpret=False, cache=tmp_path) as worker:
-        triton_worker.call(worker, __name__, 'add_cosine')
+        triton_worker.call(worker, cosine.__name__, 'add')
         ptx = triton_worker.call(worker, 'tests.test_ops.triton_worker', 'compile_for', 80, 'fp32', 'cosine', 1, False)
     assert 'cosine' in ptx or 'f64' in ptx
 
@@ -207,49 +196,53 @@ def test_what_cannot_be_a_rule_is_refused(function: Any, removes: bool, words: s
     assert before == weights.WEIGHTS
 
 
-PROGRAM = """
-import torch
-from mmdet_softnms import soft_nms
-from mmdet_softnms.ops import _cpu, weights
-scores = soft_nms(torch.tensor([[0., 0, 4, 4], [0, 0, 4, 2]]), torch.tensor([1.0, 1.0]), method='linear')[1]
-print(scores.tolist(), 'hits', sum(_cpu.kernel(weights.get('linear')).stats.cache_hits.values()))
+KERNEL = """
+from mmdet_softnms.ops._cpu import _weight_of
+
+def make(weight):
+    weigh = _weight_of(weight, None)
+    def kernel(iou):
+        return weigh(iou, 0.3, 0.5)
+    return kernel
 """
 
 
-def test_an_edited_weight_is_compiled_anew(tmp_path: Path) -> None:
+def test_an_edited_weight_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's disk cache looks at the file of the kernel alone, whose contents and time do not change here.
 
-    In a copy of the package with what is compiled here: a process of its own finds it, until the weight is edited.
+    A kernel of one line stands for the rules' own, which go the same way and take ten seconds each.
     """
-    package = tmp_path / 'mmdet_softnms'
-    without = shutil.ignore_patterns('__pycache__', '.mim')
-    shutil.copytree(Path(mmdet_softnms.__file__).parent, package, ignore=without)
-    cache = package / 'ops/__pycache__'
-    cache.mkdir()
-    for file in Path(_cpu.kernel(weights.get('linear'))._cache.cache_path).glob('_cpu._*.nb[ic]'):
-        shutil.copy(file, cache)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'one_line_kernel.py').write_text(KERNEL)
+    make = importlib.import_module('one_line_kernel').make
 
-    def run() -> str:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith('NUMBA_')}
-        environment['PYTHONPATH'] = str(tmp_path)
-        done = subprocess.run(
-            [sys.executable, '-c', PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
+    def run() -> tuple[float, int]:
+        """What the weight of ``sys.modules`` gives, and how many kernels were in the cache."""
+        linear = sys.modules[weights.__name__].get('linear')  # type: ignore[attr-defined]
+        kernel = _cpu.compile_variant({}, (linear,), make, lambda real: real(real))
+        return kernel(0.5), sum(kernel.stats.cache_hits.values())
 
-    assert run() == '[1.0, 0.5] hits 2'
-    file = package / 'ops/weights.py'
-    text = file.read_text()
+    assert run() == (0.5, 0)
+    assert run() == (0.5, 2)
+    text = Path(weights.__file__).read_text()
     edited = text.replace('where(iou > iou_threshold, 1 - iou, 1)', 'where(iou > iou_threshold, (1 - iou) / 2, 1)')
     assert edited != text
-    file.write_text(edited)
-    assert run() == '[1.0, 0.25] hits 0'
+    (tmp_path / 'edited.py').write_text(edited)
+    spec = importlib.util.spec_from_file_location(weights.__name__, tmp_path / 'edited.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, weights.__name__, module)
+        spec.loader.exec_module(module)
+        assert run() == (0.25, 0)
+        assert run() == (0.25, 2)
+    assert run() == (0.5, 2)
 
 
 def test_the_strongest_decay_needs_a_weight_that_never_rises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, 'WEIGHTS', dict(weights.WEIGHTS))
     weights.register(comes_back)
     box = torch.tensor([[0.0, 0, 4, 4]])
-    assert soft_nms(box, torch.ones(1), method='comes_back')[0].tolist() == [0]
+    assert reference(box, torch.ones(1), method='comes_back')[0].tolist() == [0]
     with pytest.raises(ValueError, match="needs a weight that never rises with the IoU, and 'comes_back' does"):
         soft_nms(box, torch.ones(1), method='comes_back', decay='strongest')

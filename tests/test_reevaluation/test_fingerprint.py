@@ -43,6 +43,12 @@ def cfg(project):
     return Config.fromfile(project.coco_config)
 
 
+@pytest.fixture(scope='module')
+def plain(project):
+    """The fingerprint of the config as it is."""
+    return _fingerprint(project, Config.fromfile(project.coco_config))
+
+
 def _fingerprint(project, cfg):
     return fingerprint(cfg, project.checkpoint, build_test_set(cfg), 1e-3)
 
@@ -61,9 +67,8 @@ def _module(folder, name, text, monkeypatch):
     return importlib.import_module(name)
 
 
-def test_what_does_not_matter_to_the_forward_pass(project, cfg):
-    first = _fingerprint(project, cfg)
-    assert first == _fingerprint(project, cfg) and first['unknown'] == []
+def test_what_does_not_matter_to_the_forward_pass(project, plain, cfg):
+    assert plain == _fingerprint(project, cfg) and plain['unknown'] == []
     cfg.model.train_cfg.rcnn.sampler.num = 7
     cfg.train_cfg.max_epochs = 9
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
@@ -71,7 +76,7 @@ def test_what_does_not_matter_to_the_forward_pass(project, cfg):
     cfg.log_level = 'ERROR'
     cfg.test_dataloader.num_workers = 2
     cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=7))
-    assert differences(first, _fingerprint(project, cfg)) == ''
+    assert differences(plain, _fingerprint(project, cfg)) == ''
 
 
 @pytest.mark.parametrize(
@@ -86,10 +91,9 @@ def test_what_does_not_matter_to_the_forward_pass(project, cfg):
         {'test_dataloader.collate_fn': dict(type='default_collate')},
     ],
 )
-def test_what_matters_in_a_config(project, cfg, change):
-    first = _fingerprint(project, cfg)
+def test_what_matters_in_a_config(project, plain, cfg, change):
     cfg.merge_from_dict(change)
-    assert differences(first, _fingerprint(project, cfg)) == 'config'
+    assert differences(plain, _fingerprint(project, cfg)) == 'config'
 
 
 def test_proposals_and_files_that_the_config_names(project, cfg, tmp_path):
@@ -184,8 +188,7 @@ def test_a_function_that_batches(project, cfg, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('change', [{'runner_type': 'FingerprintRunner'},
                                     {'custom_hooks': [dict(type='FingerprintHook')]}])  # fmt: skip
-def test_hooks_and_runners_of_the_users(project, cfg, tmp_path, monkeypatch, change):
-    plain = _fingerprint(project, cfg)
+def test_hooks_and_runners_of_the_users(project, plain, cfg, tmp_path, monkeypatch, change):
     module = _module(tmp_path, 'fingerprint_running', RUNNING, monkeypatch)
     cfg.merge_from_dict(change)
     first = _fingerprint(project, cfg)
@@ -196,20 +199,19 @@ def test_hooks_and_runners_of_the_users(project, cfg, tmp_path, monkeypatch, cha
         assert _forward(project, cfg, tmp_path / 'candidates')[0] == 6 and module.FingerprintRunner.tests == [1]
 
 
-def test_code_of_this_package_and_of_openmmlab(project, cfg, monkeypatch):
-    first = _fingerprint(project, cfg)
+def test_code_of_this_package_and_of_openmmlab(project, plain, cfg, monkeypatch):
     real = identity.sha256
     for name, words in (('ps_roi_pool.py', 'mmdet_softnms'), ('standard_roi_head.py', 'mmdet')):
         if name == 'ps_roi_pool.py':  # of an R-FCN: not part of this model's code
             name = 'post_process.py'
         monkeypatch.setattr(identity, 'sha256', lambda path, name=name: real(path)[:: -1 if name in str(path) else 1])
-        assert differences(first, _fingerprint(project, cfg)) == f'code of {words}'
+        assert differences(plain, _fingerprint(project, cfg)) == f'code of {words}'
     monkeypatch.undo()
     from mmdet.models import StandardRoIHead
 
     original = StandardRoIHead._bbox_forward
     monkeypatch.setattr(StandardRoIHead, '_bbox_forward', lambda self, *args: original(self, *args))
-    assert 'code of' in differences(first, _fingerprint(project, cfg))
+    assert 'code of' in differences(plain, _fingerprint(project, cfg))
 
 
 def test_code_without_a_file_is_never_the_same(project, cfg, tmp_path):
@@ -383,13 +385,13 @@ def test_malformed_neighbours_block_nothing(project, cfg, tmp_path):
 
 
 def test_whatever_is_wrong_with_a_shard_heals(project, cfg, tmp_path):
+    """Three things at a time, each with a shard of its own."""
     _forward(project, cfg, tmp_path, shard_size=2)
     (folder,) = tmp_path.iterdir()
     store = CandidateStore.open(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    shard, checksum = store.path_of(1), folder / '00001.parquet.sha256'
 
-    def truncated():
+    def truncated(shard, checksum):
         content = shard.read_bytes()
         shard.write_bytes(content[:4] + bytes(len(content) // 2 - 4) + content[len(content) // 2 :])
         checksum.write_text(f'{identity.sha256(shard)}  x\n')
@@ -398,17 +400,23 @@ def test_whatever_is_wrong_with_a_shard_heals(project, cfg, tmp_path):
         path.unlink()
         (path / 'inside').mkdir(parents=True)
 
-    for damage in (
-        lambda: checksum.write_bytes(b'\xff\xfe\x00'),
-        lambda: checksum.write_bytes(b''),
-        lambda: shard.write_bytes(b''),
-        lambda: folder_instead(checksum),
-        lambda: folder_instead(shard),
-        truncated,
+    for damages in (
+        (
+            lambda shard, checksum: checksum.write_bytes(b'\xff\xfe\x00'),
+            lambda shard, checksum: checksum.write_bytes(b''),
+            lambda shard, checksum: shard.write_bytes(b''),
+        ),
+        (
+            lambda shard, checksum: folder_instead(checksum),
+            lambda shard, checksum: folder_instead(shard),
+            truncated,
+        ),
     ):
-        damage()
-        (folder / '.00001.parquet.999999999.tmp').write_bytes(b'left over')
-        assert _forward(project, cfg, tmp_path, shard_size=2)[0] == 2
+        for number, damage in enumerate(damages):
+            damage(store.path_of(number), folder / f'{number:05d}.parquet.sha256')
+            (folder / f'.{number:05d}.parquet.999999999.tmp').write_bytes(b'left over')
+            assert list(store.check()) == list(range(number + 1))
+        assert _forward(project, cfg, tmp_path, shard_size=2)[0] == 6
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     folder_instead(folder / 'store.json')
     assert _forward(project, cfg, tmp_path, shard_size=2)[0] == 0

@@ -201,13 +201,11 @@ def test_only_what_is_damaged_is_computed_again(project, finished):
     assert _files(finished.folder) == before
 
 
-def test_a_killed_run_is_taken_up_and_leaves_the_same_bytes(project, finished, tmp_path):
+def test_a_killed_run_is_taken_up_and_leaves_the_same_bytes(project, finished, tmp_path, tmp_path_factory, forks):
     (project.root / 'store_slow.py').write_text(
         'import time\n'
         'from mmdet.datasets import CocoDataset\n'
         'from mmdet.registry import DATASETS\n'
-        'from yapf.yapflib import yapf_api\n'
-        'yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)\n'  # as in conftest.py
         '@DATASETS.register_module(force=True)\n'
         'class SlowAtTheEnd(CocoDataset):\n'
         '    def __getitem__(self, index):\n'
@@ -225,13 +223,15 @@ cfg = Config.fromfile({str(project.coco_config)!r})
 cfg.test_dataloader.dataset.type = 'SlowAtTheEnd'
 collect(cfg, {str(project.checkpoint)!r}, 1e-3, {str(tmp_path)!r}, shard_size=2)
 """
-    process = subprocess.Popen([sys.executable, '-c', script], stderr=subprocess.PIPE)
+    folder = tmp_path_factory.mktemp('killed')
+    (folder / 'script.py').write_text(script)
+    process = forks.start(folder, folder / 'script.py')
     for _ in range(1200):
         if list(tmp_path.glob('*/00000.parquet')):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait()[0] == -signal.SIGKILL
     (folder,) = tmp_path.iterdir()
     assert CandidateStore.open(folder).check() == {1: 'missing', 2: 'missing'}
     # The other class of data set is another config: its store is found by its own fingerprint.

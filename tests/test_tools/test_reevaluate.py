@@ -5,9 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import tempfile
+import socket
 import time
 from pathlib import Path
 
@@ -32,12 +30,12 @@ def _run(*arguments, **options):
     return run_tool('reevaluate.py', *arguments, **options)
 
 
-def test_table_and_file(project, tmp_path):
+def test_table_and_file(project, tmp_path, forks):
     """As a process of its own: the others are run in this one."""
     arguments = (project.voc_config, project.checkpoint, '--work-dir', tmp_path, '--max-per-img', 20)
-    done = subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert 'terminated' not in done.stderr  # mmdet's VOC evaluation forks, and ends its processes by SIGTERM
+    status, out, errors = forks.start(project.root, TOOL, *arguments).wait()
+    assert status == 0, errors
+    assert 'terminated' not in errors  # mmdet's VOC evaluation forks, and ends its processes by SIGTERM
     content = json.loads((tmp_path / 'reevaluation.json').read_text())
     assert content['num_images'] == 6
     assert [row['rule'] for row in content['rows']] == ['HardNMS', 'SoftNMS', 'SoftNMS', 'nms']
@@ -47,9 +45,9 @@ def test_table_and_file(project, tmp_path):
         assert row['seconds'] >= 0
     # Unrounded: mmdet's evaluators would leave three decimals.
     assert any(round(row['metrics']['AP'], 3) != row['metrics']['AP'] for row in content['rows'])
-    lines = done.stdout.splitlines()
+    lines = out.splitlines()
     lines = lines[next(number for number, line in enumerate(lines) if line.startswith('HardNMS')) :]
-    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80 and '+' not in lines[0]
+    assert max(map(len, out.splitlines()[:-1])) <= 80 and '+' not in lines[0]
     base, gaussian = content['rows'][0]['metrics']['AP'], content['rows'][2]['metrics']['AP']
     shown = ' '.join(next(line for line in lines if line.startswith('gaussian')).split())
     assert f'{100 * gaussian:.2f} {100 * (gaussian - base):+.2f}' in shown
@@ -125,15 +123,13 @@ def _broken_config(project):
 @pytest.mark.parametrize(
     ('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 1), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, status):
+def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, forks, number, status):
     earlier = tmp_path / 'reevaluation.json'
     earlier.write_text('{"earlier": true}')
     # A slow test set, so that there is something to interrupt.
     (project.root / 'slow_dataset.py').write_text(
         'import time\n'
         'from mmdet.datasets import CocoDataset\n'
-        'from yapf.yapflib import yapf_api\n'
-        'yapf_api.FormatCode = lambda text, *arguments, **options: (text, True)\n'  # as in conftest.py
         'from mmdet.registry import DATASETS\n'
         "@DATASETS.register_module(name='SlowDataset', force=True)\n"
         'class SlowDataset(CocoDataset):\n'
@@ -148,24 +144,14 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
         project.coco_config.read_text().replace("'CocoDataset'", "'SlowDataset'")
         + "\ncustom_imports = dict(imports=['slow_dataset'])\n"
     )
-    command = [sys.executable, str(TOOL), str(config), str(project.checkpoint), '--work-dir', str(tmp_path)]
-    environment = dict(os.environ, PYTHONPATH=str(project.root))
-    process = subprocess.Popen(
-        command,
-        cwd=project.root,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # A shell's background job, as a CI may be, ignores SIGINT and hands that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = forks.start(project.root, TOOL, config, project.checkpoint, '--work-dir', tmp_path)
     for _ in range(600):
         if (project.root / 'started').exists():
             break
         time.sleep(0.1)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status, error
+    os.kill(process.pid, number)
+    found, _, error = process.wait(60)
+    assert found == status, error
     if number == signal.SIGINT:
         assert 'interrupted: earlier results are intact' in error
     if number == signal.SIGTERM:
@@ -175,33 +161,36 @@ def test_an_interrupted_run_leaves_earlier_results(project, tmp_path, number, st
     assert [path.name for path in tmp_path.iterdir() if path.suffix == '.tmp'] == []
 
 
-@pytest.mark.parametrize('start', ['fork', 'spawn', 'forkserver'])
-def test_only_the_process_itself_says_that_it_was_terminated(start):
-    script = f"""
+def test_only_the_process_itself_says_that_it_was_terminated(tmp_path, forks):
+    """Not its processes, however they were started, nor those of a pool, which its end terminates."""
+    (tmp_path / 'script.py').write_text("""
 import multiprocessing, os, signal, time
 from mmdet_softnms.cli.reevaluate import _listen_to_scheduler
 
+def wait(begun):
+    begun.set()
+    time.sleep(60)
+
 if __name__ == '__main__':
     _listen_to_scheduler()
-    processes = multiprocessing.get_context({start!r})
-    with processes.Pool(2) as pool:
+    with multiprocessing.get_context('fork').Pool(2) as pool:
         pool.map(abs, range(4))
-    child = processes.Process(target=time.sleep, args=(60,))
-    child.start()
-    time.sleep(1)
-    child.terminate()
-    child.join(10)
-    assert child.exitcode == -signal.SIGTERM, child.exitcode
+    for start in ('fork', 'spawn', 'forkserver'):
+        processes = multiprocessing.get_context(start)
+        begun = processes.Event()
+        child = processes.Process(target=wait, args=(begun,))
+        child.start()
+        assert begun.wait(60), start
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM, (start, child.exitcode)
     print('children done', flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(10)
-"""
-    path = Path(tempfile.mkdtemp()) / 'script.py'
-    path.write_text(script)
-    environment = dict(os.environ, PYTHONPATH=str(TOOL.parents[1]))
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 1 and 'children done' in done.stdout
-    assert done.stderr.strip().startswith('terminated: ') and done.stderr.count('terminated') == 1
+""")
+    status, out, errors = forks.start(tmp_path, tmp_path / 'script.py').wait(120)
+    assert status == 1 and 'children done' in out, errors
+    assert errors.strip().startswith('terminated: ') and errors.count('terminated') == 1
 
 
 def test_a_work_dir_that_cannot_be_written(project, tmp_path):
@@ -395,22 +384,23 @@ def test_two_runs_in_one_directory(project, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith(f'error: another run is at work in {tmp_path}')
 
 
-def test_two_processes_give_the_same_bytes_and_rows(project, tmp_path):
-    """At equal threads: torchrun sets one. The sweep is divided among the processes, too."""
-    sweep = ('--sweep', 'SoftNMS.sigma=0.3,0.5,0.7')
-    environment = dict(os.environ, OMP_NUM_THREADS='1')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        single = _run(project.coco_config, project.checkpoint, '--work-dir', tmp_path / 'one', *sweep)
-    finally:
-        torch.set_num_threads(threads)
-    assert single.returncode == 0, single.stderr
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(TOOL)]
-    command += [str(project.coco_config), str(project.checkpoint), '--work-dir', str(tmp_path / 'two'), *sweep]
-    command += ['--launcher', 'pytorch']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_give_the_same_bytes_and_rows(project, tmp_path, forks):
+    """At equal threads: torchrun sets one, as here. The sweep is divided among the processes, too."""
+    arguments = (project.coco_config, project.checkpoint, '--sweep', 'SoftNMS.sigma=0.3,0.5,0.7', '--work-dir')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        variables = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE='2')
+    variables |= dict(LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1')
+    ranks = [
+        forks.start(project.root, TOOL, *arguments, tmp_path / 'two', '--launcher', 'pytorch', **variables,
+                    RANK=number, LOCAL_RANK=number)
+        for number in ('0', '1')
+    ]  # fmt: skip
+    for rank in ranks:
+        status, _, errors = rank.wait()
+        assert status == 0, errors[-3000:]
+    status, _, errors = forks.start(project.root, TOOL, *arguments, tmp_path / 'one').wait()
+    assert status == 0, errors
     one, two = (json.loads((tmp_path / name / 'reevaluation.json').read_text()) for name in ('one', 'two'))
     stores = [{path.name: path.read_bytes() for path in Path(content['store']).iterdir()} for content in (one, two)]
     assert stores[0] == stores[1] and len(stores[0]) == 1 + 2 * 6

@@ -4,6 +4,8 @@ MXNet needs a Python of its own (``mxnet_rfcn.py`` says what runs there): the on
 ``.venv-mxnet``. The reader of the format is tested without it, on files written here byte by byte.
 """
 
+import copy
+import functools
 import importlib.util
 import json
 import os
@@ -75,8 +77,19 @@ def nets(mxnet, tmp_path_factory):
     return {kind: folder / str(number) for number, kind in enumerate(DEPTHS)}
 
 
-def detector(kind, state, change=lambda model: None):
-    """The model of a config at the width of the random net."""
+def detector(kind, state, change=None):
+    """The model of a config at the width of the random net; ``change``: of the config."""
+    model = copy.deepcopy(unchanged(kind)) if change is None else built(kind, change)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+@functools.cache
+def unchanged(kind):
+    return built(kind)
+
+
+def built(kind, change=lambda model: None):
     register_all_modules()
     model = Config.fromfile(ROOT / 'configs' / CONFIGS[kind]).model
     model.backbone.update(depth=int(DEPTHS[kind]), base_channels=WIDTH, init_cfg=None)
@@ -90,15 +103,15 @@ def detector(kind, state, change=lambda model: None):
     else:
         head.update(in_channels=32 * WIDTH, reduced_channels=REDUCED)
     change(model)
-    model = MODELS.build(model)
-    model.load_state_dict(state, strict=True)
-    model.eval()
-    return model
+    return MODELS.build(model)
 
 
 @torch.no_grad()
 def compare(kind, folder, model):
-    """Both nets on one image; asserts that every layer, the proposals and the detections agree."""
+    """Both nets on one image; asserts that every layer, the proposals and the detections agree.
+
+    A part is run when those before it agree: the first difference names its layer.
+    """
     with np.load(folder / 'outputs.npz') as outputs:
         theirs = {name: torch.from_numpy(array) for name, array in outputs.items()}
     seen = {}
@@ -130,23 +143,22 @@ def compare(kind, folder, model):
     image = theirs['picture'].flip(-1).permute(2, 0, 1)  # BGR, as mmdet loads it
     sample = DetDataSample(metainfo=dict(img_shape=HEIGHT_WIDTH, ori_shape=(62, 85), scale_factor=(SCALE, SCALE)))
     data = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]))
-    features = model.extract_feat(data['inputs'])
-    (proposals,) = model.rpn_head.predict(features, data['data_samples'], rescale=False)
-    (found,) = model.roi_head.predict(features, [proposals], data['data_samples'], rescale=True)
-    raw = model.roi_head.predict_bbox(features, [sample.metainfo], [proposals], None)[0]
+    batch = data['data_samples']
 
     def same(name, ours, their):
         scale = float(their.abs().max())
         assert scale > 1e-2, f'{name} says nothing'
         torch.testing.assert_close(ours, their, rtol=0, atol=2e-5 * scale, msg=lambda text: f'{name}: {text}')
 
-    # From the image on, so that the first difference names its layer.
+    features = model.extract_feat(data['inputs'])
     same('pool1', seen['pool1'], theirs['pool1'])
     same('res4', features[0], theirs['res4'])
+    (proposals,) = model.rpn_head.predict(features, batch, rescale=False)
     same('objectness', seen['objectness'].sigmoid(), theirs['rpn_cls_prob'][:, len(SCALES) * len(RATIOS) :])
     same('rpn_bbox_pred', seen['rpn_bbox_pred'], theirs['rpn_bbox_pred'])
     assert 50 <= len(proposals) < 300
     same('proposals', proposals.bboxes, theirs['rois'][:, 1:])
+    raw = model.roi_head.predict_bbox(features, [sample.metainfo], [proposals], None)[0]
     for letter in 'abc':
         for part in (f'res5{letter}_offset', f'res5{letter}_branch2b'):
             if part in theirs:
@@ -173,6 +185,7 @@ def compare(kind, folder, model):
     same('class probabilities', raw.scores.roll(1, dims=1), theirs['cls_vote'])
     same('deltas', deltas, theirs['bbox_vote'][:, 4:])
 
+    (found,) = model.roi_head.predict(features, [proposals], batch, rescale=True)
     detections = theirs['detections'].float()
     assert len(detections) == len(found) == 100 and len(detections[:, 5].unique()) == CLASSES
     same('boxes', found.bboxes, detections[:, :4])
@@ -289,7 +302,7 @@ def test_the_comparison_notices(kind, mistake, nets):
     folder = nets[kind]
     params = converter.read_params(folder / 'net-0000.params')
     state = converter.convert(params)
-    model = detector(kind, state, plant(state, params) or (lambda model: None))
+    model = detector(kind, state, plant(state, params))
     with pytest.raises(AssertionError, match=f'^{layer}: '):
         compare(kind, folder, model)
 
