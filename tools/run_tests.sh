@@ -11,6 +11,6 @@ setup_tests
 [ "$STACK" != default ] || (setup_detectron2) || say 'Detectron2 cannot be installed here: its tests are skipped, and say so'
 [ "$STACK" != default ] || (setup_mmrotate) || say 'mmrotate cannot be installed here: its tests are skipped, and say so'
 "$VENV/bin/python" tools/make_demo_dataset.py >&2
-say 'Running the tests (about 20 min on 2 cores)'
+say 'Running the tests (about 11 min on 2 cores)'
 cores=$(getconf _NPROCESSORS_ONLN)
 exec "$VENV/bin/python" -m pytest --numprocesses $((cores < 4 ? cores : 4)) --dist loadscope --no-loadscope-reorder ${REST[@]+"${REST[@]}"}
