@@ -7,13 +7,28 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import CheckpointLoader
+from mmengine.utils import ManagerMixin
 
 TOOLS = Path(__file__).parents[1] / 'tools'
+
+
+@contextlib.contextmanager
+def own_instances() -> Iterator[None]:
+    """No logger, visualizer or scope of an earlier run: mmengine names them by the second in which a Runner starts.
+
+    Two Runners of one second would share the first one's logger, which writes to that one's standard output and file.
+    """
+    with contextlib.ExitStack() as stack:
+        classes: list[type] = [ManagerMixin]
+        for one in classes:  # grows while it is walked
+            classes += one.__subclasses__()
+            stack.enter_context(mock.patch.dict(vars(one)['_instance_dict'], clear=True))
+        yield
 
 
 def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -30,7 +45,7 @@ def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subproce
         mock.patch.dict(os.environ),
         mock.patch.object(sys, 'argv', [str(TOOLS / name), *map(str, arguments)]),
         mock.patch.object(sys, 'path', [str(TOOLS), *sys.path]),
-        mock.patch.dict(DetLocalVisualizer._instance_dict, clear=True),  # by name, with the folder of the first run
+        own_instances(),
         mock.patch.object(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes)),
     ):
         try:
