@@ -1,4 +1,4 @@
-"""Exact Soft-NMS on the CPU where large classes are wanted nearly whole: each selection decays its neighbours at once.
+"""Exact Soft-NMS on the CPU where classes of some size are wanted nearly whole: selections decay their neighbours.
 
 The lazy selection (``_cpu.py``) holds a candidate against every box of its class that was selected before it. With a
 class of thousands, all wanted, those are half of all pairs, and most do not overlap. Here candidates that lie together
@@ -36,6 +36,9 @@ from mmdet_softnms.ops._cpu import _LANES, _lanes_of, _weight_of
 _SOURCES = (_cpu.__name__, __name__)  # all that is compiled into a kernel
 _LARGE = 512  # candidates of a class, on average
 _MANY = 4096  # the same, below which few selections remove all others sooner than these are laid out
+# Where all are wanted and weights multiply, half of all pairs count either way, and fewer are enough: on average of a
+# class (as many as there are classes, for every selection looks for the best of all), and in all.
+_WHOLE_CLASS, _WHOLE = 48, 256
 _BLOCKS = 32  # of a group
 
 _shared = numba.njit(nogil=True, error_model='numpy')  # compiled once for all rules
@@ -50,13 +53,14 @@ def select(
     """
     num_boxes = scores.shape[0]
     limit = num_boxes if params.max_num < 0 else min(params.max_num, num_boxes)
-    few = num_boxes < _LARGE or 4 * limit < num_boxes or num_boxes >= 2**30 or quality is not None
-    if few or (labels is not None and num_boxes < _LARGE * (int(labels.max()) + 1)):
+    weight = weights.get(params.method)
+    whole = limit == num_boxes and not weight.removes and params.decay == 'product'
+    few = num_boxes < (_WHOLE if whole else _LARGE) or 4 * limit < num_boxes or num_boxes >= 2**30
+    if few or quality is not None or num_boxes < _least(labels, whole):
         return _cpu.select(boxes, scores, labels, params, quality)
     boxes, scores = boxes.contiguous(), scores.contiguous()
     dense, num_classes = _cpu.dense_labels(boxes, scores, labels, params.offset)
     boxes_, scores_ = boxes.numpy(), scores.numpy()
-    weight = weights.get(params.method)
     if weight.removes and num_boxes < _MANY * num_classes and _are_crowded(boxes_, dense):
         return _cpu.select(boxes, scores, labels, params)
     real = scores_.dtype.type
@@ -75,6 +79,13 @@ def select(
         kept_scores,
     )
     return torch.from_numpy(keep[:count]), torch.from_numpy(kept_scores[:count])
+
+
+def _least(labels: Tensor | None, whole: bool) -> int:
+    """Candidates that are worth it for their number of classes; ``whole``: all are wanted and none is removed."""
+    num_classes = 1 if labels is None else int(labels.max()) + 1
+    of_class = min(max(num_classes, _WHOLE_CLASS), _LARGE) if whole else _LARGE
+    return of_class * num_classes
 
 
 def _in_tiles(boxes: Any, labels: Any, num_classes: int) -> Any:

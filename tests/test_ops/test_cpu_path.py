@@ -114,8 +114,8 @@ def test_large_classes_give_the_same_bits_eagerly(monkeypatch: pytest.MonkeyPatc
     used: list[Any] = []
     kernel = _eager.kernel
     monkeypatch.setattr(_eager, 'kernel', lambda *key: used.append(key) or kernel(*key))
-    monkeypatch.setattr(_eager, '_LARGE', 20)
-    monkeypatch.setattr(_eager, '_MANY', 0)
+    for name, value in (('_LARGE', 20), ('_MANY', 0), ('_WHOLE', 20), ('_WHOLE_CLASS', 20)):
+        monkeypatch.setattr(_eager, name, value)
     for num, classes, spread in ((20, 1, 1.0), (400, 1, 1.0), (300, 3, 0.3), (300, 1, 4.0)):
         boxes, scores, labels = crowd(num)
         boxes[::50, 2] = 1000  # reach across all others
@@ -133,6 +133,25 @@ def test_large_classes_give_the_same_bits_eagerly(monkeypatch: pytest.MonkeyPatc
     soft_nms(boxes, scores, method=method, decay=decay, max_num=20)  # few are wanted
     soft_nms(boxes, scores, labels * 100, method=method, decay=decay)  # small classes
     assert len(used) == 13
+
+
+@pytest.mark.parametrize(
+    'rule', [dict(method='gaussian'), dict(method='linear', decay='strongest'), dict(method='hard')]
+)
+def test_smaller_classes_are_suppressed_eagerly_where_all_pairs_count(
+    monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
+) -> None:
+    """All wanted, a product of weights, 48 of a class or more, and no more classes than that; the bits in any case."""
+    used: list[Any] = []
+    kernel = _eager.kernel
+    monkeypatch.setattr(_eager, 'kernel', lambda *key: used.append(key) or kernel(*key))
+    eager = []
+    for num, classes, max_num in ((300, 6, -1), (300, 6, 300), (300, 6, 299), (300, 7, -1), (240, 1, -1)):
+        boxes, scores, _ = crowd(num)
+        labels = torch.arange(num) % classes
+        assert_equals_the_definition(boxes, scores, labels, max_num=max_num, **rule)
+        eager.append(len(used))
+    assert eager == ([1, 2, 2, 2, 2] if rule['method'] == 'gaussian' else [0] * 5)
 
 
 def test_the_quicker_way_of_hard_nms(monkeypatch: pytest.MonkeyPatch) -> None:
