@@ -107,9 +107,3 @@ def pytest_collection_finish() -> None:
 def pytest_configure(config) -> None:
     config.addinivalue_line('markers', 'gpu: needs a CUDA device; all other tests run as if there were none')
     config.pluginmanager.register(_SkipGuard(), 'skip-guard')
-
-
-def pytest_runtestloop() -> None:
-    """mmengine looks a config of mmdet up in mmdet's whole index, a hundred YAML files: once for all is enough."""
-    if utils := sys.modules.get('mmengine.config.utils'):
-        utils._get_cfg_metainfo = functools.cache(utils._get_cfg_metainfo)  # type: ignore[attr-defined]

@@ -82,7 +82,7 @@ def select(
 
 
 def _least(labels: Tensor | None, whole: bool) -> int:
-    """Candidates that are worth it for their number of classes; ``whole``: all are wanted and none is removed."""
+    """Candidates that are worth it for their number of classes; ``whole``: all are wanted, weights multiply."""
     num_classes = 1 if labels is None else int(labels.max()) + 1
     of_class = min(max(num_classes, _WHOLE_CLASS), _LARGE) if whole else _LARGE
     return of_class * num_classes
